@@ -1,0 +1,1 @@
+"""Everything that watches or joins: evaluation, metrics, tables, figures, run records."""

@@ -1,0 +1,1 @@
+"""One file for each method; ``losses`` and ``scores`` hold what methods share."""

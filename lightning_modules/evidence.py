@@ -1,0 +1,30 @@
+"""What one pass over an image yields."""
+
+from collections.abc import Collection
+from typing import NamedTuple
+
+from torch import Tensor
+
+from backbones.backbone import Backbone
+
+
+class Evidence(NamedTuple):
+    """All that the scores may read of a batch of B images.
+
+    Attributes:
+        logits: (B, K) class scores: logits, or class log-likelihoods where a method has no classifier.
+        features: tap -> (B, D_tap); ``penultimate`` always, others on request.
+        scores: the method's own OOD scores, (B,), higher = more OOD; may be empty.
+        maps: (B, C, H, W) to look at (heatmaps), else None.
+    """
+
+    logits: Tensor
+    features: dict[str, Tensor]
+    scores: dict[str, Tensor]
+    maps: Tensor | None
+
+
+def observe(backbone: Backbone, images: Tensor, taps: Collection[str] = ()) -> Evidence:
+    """Run a classifier once over (B, C, H, W) images: logits, the penultimate features, and the other ``taps``."""
+    _, features = backbone.forward_intermediates(images, {"penultimate", *taps})
+    return Evidence(backbone.head(features["penultimate"]), features, {}, None)

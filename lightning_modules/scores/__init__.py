@@ -1,0 +1,1 @@
+"""Post-hoc OOD scores: one pass's evidence in, one number for each image out, higher = more OOD."""

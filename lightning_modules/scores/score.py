@@ -1,0 +1,83 @@
+"""The contract that every score keeps."""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from backbones.backbone import Backbone
+from lightning_modules.evidence import Evidence
+
+
+class Score(nn.Module, ABC):
+    """Maps evidence to one number for each image; higher = more OOD.
+
+    Life of a score: ``bind`` to a network, then for each of its ``passes`` over the ID training data any number of
+    ``update`` calls and one ``finalize``, then ``forward``. What fitting learns lives in buffers, so a saved score
+    needs no training data. Buffers of data-dependent size are registered empty and take the stored size on load.
+
+    Attributes:
+        passes: how often it must see the ID training data: 0, 1, or 2 where it needs its own first-pass statistics.
+        taps: the features it reads, by name; the evaluation asks the network for them.
+    """
+
+    passes: int = 0
+    taps: frozenset[str] = frozenset()
+    finished: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("finished", torch.tensor(0))
+
+    @property
+    def fitted(self) -> bool:
+        """Whether ``forward`` may be called."""
+        return int(self.finished) >= self.passes
+
+    def bind(self, backbone: Backbone | None) -> None:
+        """Copy what is needed of the network's head; ``None`` for a method without a classifier."""
+
+    def update(self, evidence: Evidence, labels: Tensor) -> None:
+        """Take in a batch of ID training data, labels (B,) in 0..K-1; B may be 0."""
+
+    def finalize(self) -> None:
+        """End one pass: reduce over processes and store the result in buffers."""
+        self._finalize()
+        self.finished += 1
+
+    def _finalize(self) -> None:
+        """Do a subclass's part of ``finalize``."""
+
+    @abstractmethod
+    def forward(self, *args: Any) -> Tensor:
+        """Score (B,) images from their evidence."""
+
+    def __call__(self, *args: Any) -> Tensor:
+        """Score, after making sure that the score is fitted."""
+        if not self.fitted:
+            raise RuntimeError(
+                f"{type(self).__name__} is not fitted: it needs {self.passes} pass(es) over ID training data"
+            )
+        return super().__call__(*args)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        for name, buffer in self.named_buffers(recurse=False):
+            stored = state_dict.get(prefix + name)
+            if stored is not None and stored.shape != buffer.shape:
+                setattr(self, name, buffer.new_empty(stored.shape))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+class InputScore(Score):
+    """A score that runs the network again, on perturbed images: ``forward(module, images)``.
+
+    Attributes:
+        forwards: extra forward passes for each image; what the evaluation reports as the score's cost.
+    """
+
+    forwards: int
+
+    @abstractmethod
+    def forward(self, module: nn.Module, images: Tensor) -> Tensor:
+        """Score (B, C, H, W) images with ``module``, whose forward yields evidence; gradients may be off outside."""
