@@ -101,7 +101,8 @@ class Backbone(nn.Module, ABC):
         for tap in {"std", "max"} & set(taps):
             if maps.ndim != 4 or maps.shape[2] * maps.shape[3] < 2:
                 raise ValueError(f"tap {tap} needs a last map with positions, that of {type(self).__name__} has none")
-            features[tap] = maps.std((2, 3)) if tap == "std" else maps.amax((2, 3))
+            # torch.std warns of an empty batch, whose result is empty either way
+            features[tap] = maps.std((2, 3)) if tap == "std" and len(maps) else maps.amax((2, 3))
         return maps, features
 
     def forward_features(self, images: Tensor) -> Tensor:

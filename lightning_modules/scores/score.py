@@ -10,6 +10,22 @@ from backbones.backbone import Backbone
 from lightning_modules.evidence import Evidence
 
 
+def widen(tensor: Tensor) -> Tensor:
+    """Return a half-precision tensor in float32, any wider one as it is.
+
+    >>> widen(torch.ones(2, dtype=torch.bfloat16)).dtype, widen(torch.ones(2, dtype=torch.float64)).dtype
+    (torch.float32, torch.float64)
+    """
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def read_tap(evidence: Evidence, tap: str) -> Tensor:
+    """Return the (B, D) features of one tap, in float32 or wider."""
+    if tap not in evidence.features:
+        raise ValueError(f"the evidence has no features {tap!r}, only {', '.join(sorted(evidence.features))}")
+    return widen(evidence.features[tap])
+
+
 class Score(nn.Module, ABC):
     """Maps evidence to one number for each image; higher = more OOD.
 
@@ -59,7 +75,9 @@ class Score(nn.Module, ABC):
             raise RuntimeError(
                 f"{type(self).__name__} is not fitted: it needs {self.passes} pass(es) over ID training data"
             )
-        return super().__call__(*args)
+        # Under autocast the matrix products of distances and densities would round to half precision.
+        with torch.autocast(self.finished.device.type, enabled=False):
+            return super().__call__(*args)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         for name, buffer in self.named_buffers(recurse=False):

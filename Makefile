@@ -1,0 +1,60 @@
+# Experiments are targets: experiments/<method>/<setting>.yaml is `make <method>-<setting>`.
+#   SEEDS="0 1 2"   one run for each seed
+#   ARGS="..."      appended to the command line, for example ARGS="--trainer.max_epochs 5"
+PYTHON ?= python3
+SEEDS ?= 0
+ARGS ?=
+RUN := .venv/bin/python -m experiments
+SETTINGS := $(filter-out _%,$(patsubst experiments/%.yaml,%,$(wildcard experiments/*/*.yaml)))
+TARGETS := $(subst /,-,$(SETTINGS))
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint format bench completion clean $(TARGETS)
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-28s %s\n", $$1, $$2}' Makefile
+	@printf '\nExperiments: fit, then test of the checkpoint that the method selects (SEEDS="0 1 2", ARGS="...")\n'
+	@for target in $(TARGETS); do printf '  make %s\n' $$target; done
+
+demo: .venv/installed ## train and evaluate every method on scanned digits: no download, under a minute
+	$(RUN) demo $(ARGS)
+
+$(TARGETS): .venv/installed
+	@for seed in $(SEEDS); do \
+		$(RUN) run --config experiments/$(subst -,/,$@).yaml --seed_everything $$seed $(ARGS) || exit 1; \
+	done
+
+test: .venv/installed ## run the tests
+	.venv/bin/python -m pytest $(ARGS)
+
+test-slow: .venv/installed ## run the tests that take longer
+	.venv/bin/python -m pytest -m slow $(ARGS)
+
+lint: .venv/installed ## ruff and mypy
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+format: .venv/installed ## let ruff format and mend
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+bench: .venv/installed-bench ## measure ours against peers and physical limits, side by side
+	.venv/bin/python -m benchmarks $(ARGS)
+
+completion: .venv/installed ## print shell completion of the command `ood`: source <(make -s completion)
+	@$(RUN) completion $(or $(notdir $(SHELL)),bash)
+
+clean: ## remove the virtual environment and caches; runs and data stay
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache *.egg-info
+
+.venv/installed: setup.cfg pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed, $(PYTHON) is older: make PYTHON=/path/to/python3.11 ..."; exit 1; }
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --editable '.[dev]' --constraint constraints.txt
+	@touch $@
+
+.venv/installed-bench: .venv/installed
+	.venv/bin/python -m pip install --quiet --editable '.[bench]' --constraint constraints.txt
+	@touch $@

@@ -1,0 +1,63 @@
+"""ResNet for small images: torchvision's network with a stem that keeps the resolution.
+
+He et al., "Deep Residual Learning for Image Recognition", CVPR 2016. The 7x7 convolution of stride 2 becomes a 3x3 one
+of stride 1 and the max-pool goes, so a 32x32 image ends as a 4x4 map. The state dict has torchvision's names.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.models import resnet18, resnet34, resnet50
+
+from backbones.backbone import Backbone
+from backbones.weights import load_weights
+
+BUILDERS = {18: resnet18, 34: resnet34, 50: resnet50}
+
+
+class ResNet(Backbone):
+    """ResNet-18, -34 (D = 512) or -50 (D = 2048); the last map is an eighth of the image in height and width.
+
+    Args:
+        depth: number of weighted layers.
+        num_classes: K.
+        input_shape: (C, H, W) of the images.
+        weights: where to load from, see ``backbones.weights.load_weights``; None = random.
+        mean: see ``Backbone``.
+        std: see ``Backbone``.
+    """
+
+    stages = ("layer1", "layer2", "layer3", "layer4")
+
+    def __init__(
+        self,
+        depth: Literal[18, 34, 50],
+        num_classes: int,
+        input_shape: tuple[int, int, int] = (3, 32, 32),
+        weights: str | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ) -> None:
+        if depth not in BUILDERS:
+            raise ValueError(f"ResNet has the depths {', '.join(map(str, BUILDERS))}, not {depth}")
+        network = BUILDERS[depth](num_classes=num_classes)
+        super().__init__(network.fc.in_features, num_classes, input_shape, mean, std)
+        self.conv1 = nn.Conv2d(input_shape[0], 64, 3, padding=1, bias=False)
+        nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision's own stem
+        self.bn1 = network.bn1
+        self.layer1, self.layer2 = network.layer1, network.layer2
+        self.layer3, self.layer4 = network.layer3, network.layer4
+        self.fc = network.fc
+        if weights is not None:
+            load_weights(self, weights)
+
+    @property
+    def head(self) -> nn.Linear:
+        """The classifier ``fc``, weight (K, D)."""
+        return self.fc
+
+    def stem(self, images: Tensor) -> Tensor:
+        """Map (B, C, H, W) to (B, 64, H, W)."""
+        return F.relu(self.bn1(self.conv1(images)))

@@ -1,0 +1,125 @@
+"""Weights: where they lie, how they enter a network, and what identifies them."""
+
+import hashlib
+import os
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parent.parent
+CHECKPOINTS = Path(os.environ.get("OOD_CHECKPOINTS", ROOT / "checkpoints")).absolute()
+CONTAINERS = ("state_dict", "model_state")
+PREFIXES = ("module.", "model.", "backbone.")
+
+
+def load_weights(module: nn.Module, source: str) -> None:
+    """Load all weights of a network, or none.
+
+    Args:
+        module: the network; it is changed only when every name and every shape fits. Counters of batch-norm
+            (``num_batches_tracked``) may be absent from the file.
+        source: a file of ``torch.save``, relative to the repository root or absolute; or
+            ``run:<method>/<setting>[/<name>]``, the checkpoint of an experiment of ours (``name`` is ``seed0`` unless
+            given). The state dict may lie under ``state_dict`` or ``model_state``, and its names may carry the prefix
+            of a wrapper; of a Lightning checkpoint the part under ``backbone.`` is taken.
+
+    Raises:
+        FileNotFoundError: there is no such file; for a run it names the make target that trains it.
+        ValueError: the file is damaged, holds more than plain data, or does not fit the network: then every missing,
+            unexpected and mis-shaped name is listed.
+    """
+    path = locate(source)
+    own = module.state_dict()
+    state = strip_prefixes(read_state_dict(path), set(own))
+    if misfits := compare(state, own):
+        lines = "\n  ".join(misfits)
+        raise ValueError(f"{path} does not fit {type(module).__name__}, nothing was loaded:\n  {lines}")
+    module.load_state_dict({**own, **state})
+
+
+def locate(source: str) -> Path:
+    """Find the file that ``source`` names; of a run it is ``best.ckpt`` if there, else ``last.ckpt``."""
+    if not source.startswith("run:"):
+        if not (path := ROOT / source).is_file():
+            raise FileNotFoundError(f"no weights at {path} (a relative path counts from the repository root)")
+        return path
+    if not (parts := re.fullmatch(r"run:([^/]+)/([^/]+)(?:/([^/]+))?", source)):
+        raise ValueError(f"a run is named run:<method>/<setting> or run:<method>/<setting>/<name>, not {source}")
+    method, setting, name = parts.group(1), parts.group(2), parts.group(3) or "seed0"
+    folder = CHECKPOINTS / method / setting / name
+    for path in (folder / "best.ckpt", folder / "last.ckpt"):
+        if path.is_file():
+            return path
+    raise FileNotFoundError(
+        f"{source} is not trained yet: {folder} has neither best.ckpt nor last.ckpt; "
+        f"`make {method}-{setting}` makes it" + (f", given the name {name}" if parts.group(3) else "")
+    )
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """Read the state dict in a file of ``torch.save``; nothing in the file is executed."""
+    with path.open("rb") as file:
+        try:
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged file raises nearly any type, from KeyError to RuntimeError
+            foreign = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+            if foreign is None:
+                raise ValueError(f"{path} is damaged, cut short, or not a file of torch.save") from error
+            raise ValueError(
+                f"{path} is refused: to unpickle it means to run {foreign.group(1)}, and weights are read as plain "
+                "data only. If you trust the file, save the network's state_dict() alone and give that"
+            ) from error
+    return unwrap(checkpoint, path)
+
+
+def unwrap(checkpoint: Any, path: Path) -> dict[str, Tensor]:
+    """Take the state dict out of what ``path`` holds."""
+    state = checkpoint
+    if isinstance(checkpoint, dict):
+        state = next((checkpoint[key] for key in CONTAINERS if key in checkpoint), checkpoint)
+    named = isinstance(state, dict) and all(isinstance(name, str) for name in state)
+    if not named or not all(isinstance(value, Tensor) for value in state.values()):
+        held = f"keys {', '.join(map(str, checkpoint))}" if isinstance(checkpoint, dict) else type(checkpoint).__name__
+        raise ValueError(
+            f"{path} holds no state dict (names of tensors), bare or under {' or '.join(CONTAINERS)}; it holds {held}"
+        )
+    if "pytorch-lightning_version" in checkpoint:  # beside the network it holds what the method adds to it
+        return {name: value for name, value in state.items() if name.startswith("backbone.")} or state
+    return state
+
+
+def strip_prefixes(state: dict[str, Tensor], names: set[str]) -> dict[str, Tensor]:
+    """Drop each wrapper's prefix that all of ``state`` carries, while nothing of it is among a network's ``names``.
+
+    >>> strip_prefixes({"module.fc.bias": torch.zeros(1)}, {"fc.bias", "fc.weight"})
+    {'fc.bias': tensor([0.])}
+    """
+    for prefix in PREFIXES:
+        if names.isdisjoint(state) and all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): value for name, value in state.items()}
+    return state
+
+
+def compare(state: dict[str, Tensor], own: dict[str, Tensor]) -> list[str]:
+    """Say in words each name or shape of ``state`` (a file) that differs from ``own`` (a network)."""
+    missing = [f"missing: {name}" for name in own if name not in state and not name.endswith("num_batches_tracked")]
+    unexpected = [f"unexpected: {name}" for name in state if name not in own]
+    misshaped = [
+        f"mis-shaped: {name} is {tuple(state[name].shape)} in the file, {tuple(value.shape)} in the network"
+        for name, value in own.items()
+        if name in state and state[name].shape != value.shape
+    ]
+    return missing + unexpected + misshaped
+
+
+def weights_sha256(module: nn.Module) -> str:
+    """Hash a state dict: names, dtypes, shapes and bytes in the order of the names, on whatever device it lies."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,223 @@
+"""The one evaluation path: every image once through the network, whatever the number of scores and OOD sets."""
+
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.loggers import WandbLogger
+from pytorch_lightning.utilities import rank_zero_info
+from torch import Tensor
+
+from backbones.weights import weights_sha256
+from callbacks.figures import histogram_figure, roc_figure
+from callbacks.metrics import metric_rules
+from callbacks.provenance import git_revision, hardware, package_versions
+from callbacks.results import HEADLINE, summarize, write_results
+from callbacks.samples import Samples
+from datamodules.datamodule import OODDataModule
+from lightning_modules.distributed import gather_rows, sum_over_processes
+from lightning_modules.evidence import Evidence
+from lightning_modules.ood_module import OODModule
+from lightning_modules.scores.score import InputScore, Score
+
+Row = tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]  # ids, labels, predictions, name -> score; each (B,)
+
+
+class OODEvaluation(Callback):
+    """Fits the scores, scores every test image, and leaves results, figures and log entries.
+
+    During ``test`` the ID training images (loader ``fit``) come first and stream into the scores that are not fitted
+    yet; of every later image only its id, label, prediction and scores are kept. Ranks are gathered by image id, so any
+    number of processes gives the result of one.
+
+    Args:
+        scores: name -> score; the method's own scores join under the names that it gives them.
+        rules: preset for FPR95 and AUPR: default, heat, unleashing_mask, heatmap, variational_metric, openood.
+        bootstrap: replicates behind the confidence bounds; 0 = no bounds.
+        figures: whether to draw ROC curves and score histograms.
+        folder: the run folder; None = write no files. Given by the command line.
+    """
+
+    def __init__(
+        self,
+        scores: dict[str, Score],
+        rules: str = "default",
+        bootstrap: int = 1000,
+        figures: bool = True,
+        folder: str | None = None,
+    ) -> None:
+        self.scores, self.bootstrap, self.figures = scores, bootstrap, figures
+        self.rules_name, self.rules = rules, metric_rules(rules)
+        self.folder = None if folder is None else Path(folder)
+        self.results: dict[str, Any] = {}
+        self.samples: Samples | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Bind the scores, ask the method for their taps, and the data module for the passes they need."""
+        if stage != "test":
+            return
+        module, data = _parts(trainer, pl_module)
+        for score in self.scores.values():
+            score.bind(module.backbone)
+            module.taps |= score.taps
+        data.fit_passes = max((score.passes - int(score.finished) for score in self.scores.values()), default=0)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start with nothing."""
+        self._rows: dict[str, list[Row]] = defaultdict(list)
+        self._images = 0
+        self._started = time.perf_counter()
+        for score in self.scores.values():
+            score.to(pl_module.device)
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Evidence,  # type: ignore[override]
+        batch: tuple[Tensor, Tensor, Tensor],
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Fit on, or score, the evidence of one batch."""
+        images, labels, ids = batch
+        self._images += len(images)
+        loader = _loader_names(trainer)[dataloader_idx]
+        if loader.startswith("fit"):
+            last = batch_idx + 1 == trainer.num_test_batches[dataloader_idx]
+            for score in self.scores.values():
+                if not score.fitted:
+                    score.update(outputs, labels)
+                    if last:
+                        score.finalize()
+            return
+        scores = {
+            name: score(pl_module, images) if isinstance(score, InputScore) else score(outputs)
+            for name, score in self.scores.items()
+        }
+        row = (ids, labels, outputs.logits.argmax(1), outputs.scores | scores)
+        self._rows[loader].append(row)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Gather, compute, write, log."""
+        module, data = _parts(trainer, pl_module)
+        samples = self._gather(trainer)
+        images = int(sum_over_processes(torch.tensor(self._images, device=pl_module.device)))
+        if not trainer.is_global_zero:
+            return
+        self.samples = samples
+        extra = {name: score.forwards for name, score in self.scores.items() if isinstance(score, InputScore)}
+        scored = len(samples.ids)
+        self.results = {
+            **self._identity(trainer, module, data),
+            "truncated": sum(trainer.num_test_batches) < sum(len(loader) for loader in data.test_dataloader().values()),
+            "forwards": {"images": images, "one_pass": images, **{name: n * scored for name, n in extra.items()}},
+            "seconds": round(time.perf_counter() - self._started, 3),
+            **summarize(samples, data.groups, self.rules, self.bootstrap),
+        }
+        self.results["metric_rules"]["preset"] = self.rules_name
+        self._log(trainer, self._draw(samples, data, module))
+        if self.folder is not None:
+            samples.save(self.folder / "scores.npz")
+            write_results(self.folder, self.results)
+            rank_zero_info(f"results: {self.folder / 'results.json'}")
+
+    def _gather(self, trainer: Trainer) -> Samples:
+        """Join the rows of all processes: each id exactly once, in order."""
+        parts: list[dict[str, np.ndarray]] = []
+        splits = [name for name in _loader_names(trainer) if not name.startswith("fit")]
+        for index, split in enumerate(splits):
+            ids, labels, predictions, scores = zip(*self._rows[split], strict=True)
+            named = {name: torch.cat([batch[name] for batch in scores]) for name in scores[0]}
+            stacked = {
+                "ids": torch.cat(ids),
+                "labels": torch.cat(labels),
+                "predictions": torch.cat(predictions),
+            } | named
+            columns = {name: gather_rows(values).cpu().numpy() for name, values in stacked.items()}
+            order = np.argsort(columns["ids"], kind="stable")
+            columns = {name: values[order] for name, values in columns.items()}
+            if (np.diff(columns["ids"]) <= 0).any():
+                raise RuntimeError(f"an image of {split} was evaluated twice: its sampler repeats ids")
+            parts.append(columns | {"split": np.full(len(order), index)})
+        merged = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        keys = {name: merged.pop(name) for name in ("split", "ids", "labels", "predictions")}
+        return Samples(tuple(splits), scores=merged, **keys)
+
+    def _identity(self, trainer: Trainer, module: OODModule, data: OODDataModule) -> dict[str, Any]:
+        """Say what was evaluated, on what, by what."""
+        checkpoint = trainer.ckpt_path
+        epoch = None
+        if checkpoint is not None:
+            epoch = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["epoch"]
+        outliers = None
+        if data.outlier_feed is not None:
+            outliers = {
+                "feed": data.outlier_feed,
+                "size": data.sizes["outliers"],
+                "fingerprint": data.fingerprints["outliers"],
+            }
+        names = self.folder.parts[-3:] if self.folder is not None else ("", "", "")
+        return {
+            "experiment": "/".join(names[:2]),
+            "name": names[2],
+            "method": type(module).__name__,
+            "seed": data.seed,
+            "checkpoint": None if checkpoint is None else Path(checkpoint).name,
+            "epoch": epoch,
+            "git_revision": git_revision(),
+            "packages": package_versions(),
+            "hardware": hardware(module.device),
+            "processes": trainer.world_size,
+            "weights_sha256": weights_sha256(module),
+            "splits": {
+                name: {"size": data.sizes[name], "fingerprint": fingerprint}
+                for name, fingerprint in data.fingerprints.items()
+            },
+            "outliers": outliers,
+        }
+
+    def _draw(self, samples: Samples, data: OODDataModule, module: OODModule) -> dict[str, Figure | str]:
+        figures = module.figures()
+        if self.figures:
+            figures |= {"roc": roc_figure(samples, data.groups)}
+            figures |= {f"histogram_{name}": histogram_figure(samples, name) for name in samples.scores}
+        if self.folder is None:
+            return dict(figures)
+        (self.folder / "figures").mkdir(exist_ok=True)
+        paths = {name: str(self.folder / "figures" / f"{name}.png") for name in figures}
+        for name, figure in figures.items():
+            figure.savefig(paths[name], dpi=110)
+        return dict(paths)
+
+    def _log(self, trainer: Trainer, figures: dict[str, Figure | str]) -> None:
+        """Send numbers to every logger, table and figures to wandb; ``self.log`` would round them to float32."""
+        rows = self.results["rows"]
+        numbers = {f"ood/{row['ood_set']}/{row['score']}/{key}": row[key] for row in rows for key in HEADLINE}
+        for mean in self.results["means"]:
+            numbers |= {f"ood/{mean['group']}/{mean['score']}/{key}": mean[key] for key in HEADLINE}
+        numbers["test/accuracy"] = self.results["id_accuracy"]
+        for logger in trainer.loggers:
+            logger.log_metrics(numbers)
+            if isinstance(logger, WandbLogger):
+                columns = list(dict.fromkeys(column for row in rows for column in row))
+                logger.log_table("ood/results", columns, [[row.get(column) for column in columns] for row in rows])
+                for name, figure in figures.items():
+                    logger.log_image(f"figures/{name}", [figure])
+
+
+def _parts(trainer: Trainer, pl_module: LightningModule) -> tuple[OODModule, OODDataModule]:
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    if not isinstance(pl_module, OODModule) or not isinstance(data, OODDataModule):
+        given = f"{type(pl_module).__name__} and {type(data).__name__}"
+        raise TypeError(f"OODEvaluation joins an OODModule and an OODDataModule, got {given}")
+    return pl_module, data
+
+
+def _loader_names(trainer: Trainer) -> list[str]:
+    return list(trainer.test_dataloaders)  # type: ignore[arg-type]

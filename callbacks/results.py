@@ -1,0 +1,100 @@
+"""From per-image scores to rows of metrics, and the files of a result: ``results.json`` and ``results.csv``.
+
+The schema is written down in ``checkpoints/README.md``.
+"""
+
+import csv
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from callbacks.bootstrap import bootstrap
+from callbacks.metrics import MetricRules, cauroc, detection_accuracy, headline, oscr, rank, threshold_at_tpr
+from callbacks.samples import Samples
+
+SCHEMA_VERSION = 1
+HEADLINE = ("auroc", "aupr_in", "aupr_out", "fpr95")
+
+
+def summarize(
+    samples: Samples, groups: Mapping[str, str], rules: MetricRules, replicates: int = 1000, confidence: float = 0.95
+) -> dict[str, Any]:
+    """Compute every number of ``results.json`` that follows from the scores alone.
+
+    Args:
+        samples: the per-image table.
+        groups: OOD set -> ``near`` or ``far``.
+        rules: which reading of FPR95 and AUPR.
+        replicates: bootstrap replicates behind each confidence bound; 0 = no bounds.
+        confidence: share of replicates between the bounds.
+
+    Returns:
+        ``metric_rules``, ``id_accuracy``, ``thresholds`` (score -> smallest value that accepts 95% of the held-out ID
+        training images), ``rows`` (one for each score and OOD set) and ``means`` (unweighted, over the sets of a
+        group). Fractions, not percent.
+    """
+    known = samples.of("id")
+    correct = known.labels == known.predictions
+    rows = []
+    for name in known.scores:
+        for ood_set in samples.ood_sets:
+            unknown = samples.of(ood_set)
+            ranking = rank(known.scores[name], unknown.scores[name], name=f"{name} on {ood_set}")
+            row: dict[str, Any] = {"score": name, "ood_set": ood_set, "group": groups[ood_set]}
+            row |= {"id_count": len(known.ids), "ood_count": len(unknown.ids)}
+            row |= headline(ranking, rules)
+            if replicates:
+                for metric, (low, high) in bootstrap(ranking, rules, replicates, confidence).items():
+                    row |= {f"{metric}_low": low, f"{metric}_high": high}
+            row["detection_accuracy"] = detection_accuracy(ranking)
+            if correct.any():
+                pair = known.scores[name], unknown.scores[name], correct
+                row |= {"cauroc": cauroc(*pair), "oscr": oscr(*pair)}
+            rows.append(row)
+    means = [
+        {"score": name, "group": group, "sets": len(members)}
+        | {metric: float(np.mean([row[metric] for row in members])) for metric in HEADLINE}
+        for name in known.scores
+        for group in ("near", "far")
+        if (members := [row for row in rows if row["score"] == name and row["group"] == group])
+    ]
+    thresholds = {}
+    if "calibration" in samples.splits:
+        held_out = samples.of("calibration")
+        thresholds = {name: threshold_at_tpr(values) for name, values in held_out.scores.items()}
+    return {
+        "metric_rules": {**asdict(rules), "bootstrap_replicates": replicates, "confidence": confidence},
+        "id_accuracy": float(correct.mean()),
+        "thresholds": thresholds,
+        "rows": rows,
+        "means": means,
+    }
+
+
+def write_results(folder: Path, results: Mapping[str, Any]) -> None:
+    """Write ``results.json`` and, one line for each row, ``results.csv``."""
+    text = json.dumps({"schema_version": SCHEMA_VERSION, **results}, indent=2, allow_nan=False)
+    (folder / "results.json").write_text(text + "\n", encoding="utf-8")
+    with (folder / "results.csv").open("w", newline="", encoding="utf-8") as file:
+        columns = list(dict.fromkeys(column for row in results["rows"] for column in row))
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(results["rows"])
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """Read the ``results.json`` of a run folder; one of another schema is a ``ValueError``."""
+    path = folder / "results.json"
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{folder} holds no results.json: evaluate the run first (test)") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if results.get("schema_version") != SCHEMA_VERSION:
+        raise ValueError(f"{path} has schema {results.get('schema_version')}, this version reads {SCHEMA_VERSION}")
+    return results

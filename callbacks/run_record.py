@@ -1,0 +1,133 @@
+"""The run folder: what was asked, what happened, how it ended."""
+
+import json
+import logging
+import shutil
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.utilities import rank_zero_only
+
+from callbacks.provenance import git_revision, hardware, package_versions
+
+IGNORED = ("ckpt_path", "overwrite")  # how a run was started, not what it is
+log = logging.getLogger(__name__)
+
+
+class RunRecord(Callback):
+    """Keeps ``config.yaml``, ``run.json`` (status, times, code, hardware) and ``log.txt`` of a run.
+
+    Args:
+        folder: ``checkpoints/<method>/<setting>/<name>``.
+        config: the resolved configuration as YAML.
+    """
+
+    def __init__(self, folder: Path, config: str) -> None:
+        self.folder, self.config = folder, config
+        self._handler: logging.Handler | None = None
+        self._status: dict[str, Any] = {}
+
+    @rank_zero_only
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Open the record; ``test`` leaves the configuration of the fit alone."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        config = self.folder / "config.yaml"
+        if stage == "fit" or not config.is_file():
+            config.write_text(self.config, encoding="utf-8")
+        self._handler = logging.FileHandler(self.folder / "log.txt", encoding="utf-8")
+        self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        for name in ("", "pytorch_lightning"):  # Lightning's logger does not propagate
+            logging.getLogger(name).addHandler(self._handler)
+        log.info("%s started in %s", stage, self.folder)
+        if stage == "fit":
+            self._write(status="running", started=_now(), git_revision=git_revision(), packages=package_versions())
+
+    @rank_zero_only
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the hardware and where training starts."""
+        device = hardware(pl_module.device)
+        self._write(hardware=device, processes=trainer.world_size, first_epoch=trainer.current_epoch)
+        for logger in trainer.loggers:
+            if hasattr(logger, "log_table"):  # wandb; Lightning's CSV logger would write a second configuration file
+                logger.log_hyperparams(yaml.safe_load(self.config))
+
+    @rank_zero_only
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log one line."""
+        metrics = ", ".join(f"{name} {float(value):.4g}" for name, value in sorted(trainer.callback_metrics.items()))
+        log.info("epoch %d: %s", trainer.current_epoch, metrics)
+
+    @rank_zero_only
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Mark the run as finished."""
+        self._write(status="finished", ended=_now(), epochs=trainer.current_epoch, steps=trainer.global_step)
+
+    @rank_zero_only
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Note how the run broke off; the last checkpoint stays, and ``fit`` again continues from it."""
+        text = "".join(traceback.format_exception(exception))
+        interrupted = isinstance(exception, KeyboardInterrupt)
+        log.error("interrupted at step %d" if interrupted else "failed at step %d\n" + text, trainer.global_step)
+        if self._status:
+            self._write(status="interrupted" if interrupted else "failed", ended=_now(), steps=trainer.global_step)
+
+    @rank_zero_only
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Close the log."""
+        if self._handler is not None:
+            for name in ("", "pytorch_lightning"):
+                logging.getLogger(name).removeHandler(self._handler)
+            self._handler.close()
+            self._handler = None
+
+    def _write(self, **entries: Any) -> None:
+        self._status |= entries
+        (self.folder / "run.json").write_text(json.dumps(self._status, indent=2) + "\n", encoding="utf-8")
+
+
+def prepare_folder(folder: Path, config: str, overwrite: bool) -> Path | None:
+    """Decide how ``fit`` treats a run folder.
+
+    Returns:
+        The checkpoint to continue from, None to start anew.
+
+    Raises:
+        FileExistsError: the folder holds a finished run, or an unfinished one of another configuration.
+    """
+    if overwrite:
+        if getattr(rank_zero_only, "rank", 0) == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+        return None
+    if not (folder / "config.yaml").is_file():
+        return None
+    way_out = "take another --name, or discard it with --overwrite"
+    if run_status(folder) == "finished":
+        raise FileExistsError(f"{folder} holds a finished run: evaluate it with test, {way_out}")
+    stored = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    if changed := differences(stored, yaml.safe_load(config)):
+        raise FileExistsError(f"{folder} holds an unfinished run of another configuration: {way_out}\n{changed}")
+    last = folder / "last.ckpt"
+    return last if last.is_file() else None
+
+
+def run_status(folder: Path) -> str | None:
+    """Return ``running`` (also after a kill), ``finished``, ``interrupted`` or ``failed``; None where nothing ran."""
+    path = folder / "run.json"
+    return json.loads(path.read_text(encoding="utf-8"))["status"] if path.is_file() else None
+
+
+def differences(old: Any, new: Any, path: str = "") -> str:
+    """List the keys at which two configurations differ, a line each; empty where they agree."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [key for key in {**old, **new} if path or key not in IGNORED]
+        lines = (differences(old.get(key), new.get(key), f"{path}.{key}".lstrip(".")) for key in keys)
+        return "\n".join(line for line in lines if line)
+    return "" if old == new else f"  {path}: {old!r} there, {new!r} here"
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")

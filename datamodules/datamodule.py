@@ -1,0 +1,278 @@
+"""The data module that all others are: from named sets of images to loaders of batches."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence, Sized
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from pytorch_lightning import LightningDataModule
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from datamodules.augmentation import random_crop, random_flip
+from datamodules.batch import Batch, TrainingBatch
+from datamodules.images import ImageSet, Rows, WithOutliers, stratified_split
+from datamodules.loader import Loader
+from datamodules.plans import BatchPlan, PairedPlan, Plan
+
+Group = Literal["near", "far"]
+RESERVED = ("train", "fit", "fit_2", "calibration", "id", "outliers")
+
+
+@dataclass
+class OODSet:
+    """OOD test images, and whether they are near to the ID data or far from it."""
+
+    images: ImageSet
+    group: Group = "far"
+
+
+@dataclass
+class Sets:
+    """What a data module is made of.
+
+    Attributes:
+        train: ID training images; ``None`` where nothing is trained or fitted.
+        test: ID test images.
+        ood: OOD test images by name.
+        outliers: auxiliary outliers for training, disjoint from the OOD test images.
+        classes: names of the ID classes 0..K-1.
+    """
+
+    train: ImageSet | None
+    test: ImageSet
+    ood: dict[str, OODSet]
+    outliers: ImageSet | None
+    classes: list[str]
+
+
+class OODDataModule(LightningDataModule, ABC):
+    """Serves ID, OOD and outlier images as ``Batch``; a subclass says in ``load`` what the sets are.
+
+    Attributes:
+        num_classes, classes, image_shape, groups, sets, sizes, fingerprints: known after ``setup``: K; names of the K
+            classes; (C, H, W); OOD set -> near or far; and by name of split (``train``, ``fit``, ``calibration``,
+            ``id``, ``outliers``, or an OOD set) the images, their number, and the SHA-256 of what they are.
+        normalizes: whether images are normalised here rather than by the network.
+        fit_passes: how often ``test_dataloader`` presents the training images first; the evaluation says so.
+        remedy: what a subclass lets a user do about sets of different shape.
+
+    Args:
+        batch_size: rows of a training batch, over all devices together; where ``outlier_feed`` is ``paired``, ID rows.
+        eval_batch_size: rows of any other batch, over all devices together; as ``batch_size`` where not given.
+        num_workers: worker processes of a loader on each device.
+        seed: decides training order and augmentation.
+        split_seed: decides what is held out; stays the same over training seeds, so that their results compare.
+        val_split: share of each class of the ID training images that is held out for validation and calibration.
+        mean: constants of each channel, or one for all, for images in [0, 1]; left out with ``std`` where the network
+            normalises itself. Mean [0], std [1] leaves images in [0, 1].
+        std: see ``mean``.
+        crop_padding: zero pixels around a training image before a window of its size is cut out; 0: no random crop.
+        flip: whether training images are mirrored at random.
+        outlier_feed: how outliers come into training: ``paired`` puts a fixed number into each batch, ``mixed``
+            shuffles them among the ID images; ``None``: not at all.
+        outlier_ratio: outliers for each ID row of a paired batch.
+        fit_limit: fit scores on at most so many ID training images, drawn by ``split_seed``.
+    """
+
+    num_classes: int
+    classes: list[str]
+    image_shape: tuple[int, int, int]
+    groups: dict[str, Group]
+    sets: dict[str, ImageSet]
+    sizes: dict[str, int]
+    fingerprints: dict[str, str]
+    fit_passes: int = 0
+    remedy: str = ""
+
+    def __init__(
+        self,
+        batch_size: int,
+        eval_batch_size: int | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+        split_seed: int = 0,
+        val_split: float = 0.0,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        crop_padding: int = 0,
+        flip: bool = False,
+        outlier_feed: Literal["paired", "mixed"] | None = None,
+        outlier_ratio: float = 1.0,
+        fit_limit: int | None = None,
+    ) -> None:
+        super().__init__()
+        at_least_1 = {"batch_size": batch_size, "eval_batch_size": eval_batch_size, "fit_limit": fit_limit}
+        at_least_0 = {"num_workers": num_workers, "seed": seed, "split_seed": split_seed, "crop_padding": crop_padding}
+        for least, values in ((1, at_least_1), (0, at_least_0)):
+            for name, value in values.items():
+                if value is not None and value < least:
+                    raise ValueError(f"{name} must be at least {least}, got {value}")
+        if not 0 <= val_split < 1:
+            raise ValueError(f"val_split is a share of the ID training images, 0 <= val_split < 1, got {val_split}")
+        if (mean is None) != (std is None):
+            raise ValueError(f"mean and std belong together, give both or neither: mean={mean}, std={std}")
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
+        self.num_workers, self.seed, self.split_seed, self.val_split = num_workers, seed, split_seed, val_split
+        self.mean, self.std, self.crop_padding, self.flip = mean, std, crop_padding, flip
+        self.outlier_feed, self.outlier_ratio, self.fit_limit = outlier_feed, outlier_ratio, fit_limit
+        self.normalizes = mean is not None
+        self.sets = {}
+        self._served: Dataset[Any] | None = None
+
+    @abstractmethod
+    def load(self) -> Sets:
+        """Say what the sets are; called once, on every process, and must give the same on each."""
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load, check and split the sets; a second call does nothing."""
+        if self.sets:
+            return
+        sets = self.load()
+        self._check(sets)
+        self.classes, self.num_classes, self.image_shape = sets.classes, len(sets.classes), sets.test.shape
+        self.groups = {name: ood.group for name, ood in sets.ood.items()}
+        splits = self._split(sets.train) if sets.train is not None else {}
+        splits |= {"id": sets.test} | {name: ood.images.as_outliers() for name, ood in sets.ood.items()}
+        if sets.outliers is not None:
+            splits["outliers"] = sets.outliers.as_outliers()
+        self.sizes = {name: len(images) for name, images in splits.items()}
+        self.fingerprints = {name: images.fingerprint() for name, images in splits.items()}
+        self.sets = splits
+
+    def train_dataloader(self) -> Loader:
+        """Serve shuffled training batches, with outliers as ``outlier_feed`` says; an incomplete one is dropped."""
+        known = self._training_images()
+        rows: Dataset[Any] = known
+        if self._served is not None:
+            rows = self._served
+        elif self.outlier_feed is not None:
+            rows = WithOutliers(known, self.sets["outliers"])
+        length = len(cast(Sized, rows))
+        plan: BatchPlan = Plan(length, self.batch_size, self.seed, shuffle=True, drop_last=True)
+        if self.outlier_feed == "paired":
+            plan = PairedPlan(len(known), length - len(known), self.batch_size, self.outlier_ratio, self.seed)
+        return self._loader(rows, plan, persistent=True, collate_fn=_mark_for_training)
+
+    def val_dataloader(self) -> Loader | list[Loader]:
+        """Serve held-out ID images; without any, an empty list, which makes Lightning skip validation."""
+        if "calibration" not in self.sets:
+            return []
+        return self._in_order("calibration", persistent=True)
+
+    def fit_dataloader(self) -> Loader:
+        """Serve the ID training images that are not held out, in order and unaugmented."""
+        self._training_images()
+        return self._in_order("fit")
+
+    def test_dataloader(self) -> dict[str, Loader]:
+        """Serve in this order: ``fit`` and ``fit_2`` as asked, ``calibration`` if any is held out, ``id``, OOD sets."""
+        fit = {"fit" if i == 0 else f"fit_{i + 1}": self.fit_dataloader() for i in range(self.fit_passes)}
+        calibration = {"calibration": self._in_order("calibration")} if "calibration" in self.sets else {}
+        return fit | calibration | self.predict_dataloader()
+
+    def predict_dataloader(self) -> dict[str, Loader]:
+        """Serve ``id`` and the OOD sets."""
+        return {name: self._in_order(name) for name in ("id", *self.groups)}
+
+    def serve(self, rows: Dataset[Any]) -> None:
+        """Train on these rows from the next ``train_dataloader`` on.
+
+        Args:
+            rows: what ``rows[LongTensor]`` yields is the training batch. Where there is an ``outlier_feed``, the first
+                rows stand for the ID training images one by one, and those that follow are the outliers. Rows that
+                are image batches are augmented, others are left alone.
+        """
+        self._served = rows
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Turn uint8 batches into float32 in [0, 1]; augment those for training; normalise if that is done here."""
+        if not isinstance(batch, Batch) or batch.images.dtype != torch.uint8:
+            return batch
+        images, labels, ids = batch
+        if isinstance(batch, TrainingBatch):
+            images = self._augment(images, ids)
+        images = images.float() / 255
+        if self.mean is not None and self.std is not None:
+            mean, std = (torch.tensor(values, device=images.device).view(-1, 1, 1) for values in (self.mean, self.std))
+            images = (images - mean) / std
+        return Batch(images, labels, ids)
+
+    def _augment(self, images: Tensor, ids: Tensor) -> Tensor:
+        epoch = self.trainer.current_epoch if self.trainer is not None else 0
+        if self.crop_padding:
+            images = random_crop(images, self.crop_padding, ids, self.seed, epoch)
+        return random_flip(images, ids, self.seed, epoch) if self.flip else images
+
+    def _training_images(self) -> ImageSet:
+        if "train" not in self.sets:
+            raise ValueError(f"{type(self).__name__} has no ID training images to train or fit on: say what `train` is")
+        return self.sets["train"]
+
+    def _in_order(self, name: str, persistent: bool = False) -> Loader:
+        return self._loader(self.sets[name], Plan(self.sizes[name], self.eval_batch_size), persistent)
+
+    def _loader(
+        self, rows: Dataset[Any], plan: BatchPlan, persistent: bool, collate_fn: Callable[[Any], Any] | None = None
+    ) -> Loader:
+        # Only the loaders that are read again and again keep their workers: there are many test sets.
+        return Loader(
+            rows,
+            sampler=plan,
+            num_workers=self.num_workers,
+            persistent_workers=persistent and self.num_workers > 0,
+            collate_fn=collate_fn,
+        )
+
+    def _split(self, train: ImageSet) -> dict[str, ImageSet]:
+        """Divide the ID training images into those to train on, those to fit scores on, and those held out."""
+        splits = {"train": train}
+        if self.val_split:
+            kept, held_out = stratified_split(train.labels, self.val_split, self.split_seed, self.classes)
+            splits = {"train": Rows(train, kept), "calibration": Rows(train, held_out)}
+        fit = splits["train"]
+        if self.fit_limit is not None and self.fit_limit < len(fit):
+            drawn = np.random.default_rng(self.split_seed).choice(len(fit), self.fit_limit, replace=False)
+            fit = Rows(fit, torch.from_numpy(np.sort(drawn)))
+        return {"train": splits.pop("train"), "fit": fit} | splits
+
+    def _check(self, sets: Sets) -> None:
+        """Raise a ``ValueError`` in words where the sets do not go together, or not with the options."""
+        if clash := sorted(set(sets.ood) & set(RESERVED)):
+            raise ValueError(f"an OOD set cannot be called {', '.join(clash)}: these names are taken")
+        if self.val_split and sets.train is None:
+            raise ValueError(f"val_split={self.val_split} holds out ID training images, but there are none")
+        if self.outlier_feed is not None and sets.outliers is None:
+            raise ValueError(f"outlier_feed={self.outlier_feed!r} needs outliers, but the data has none")
+        named = {"train": sets.train, "test": sets.test, "outliers": sets.outliers}
+        present = {name: images for name, images in named.items() if images is not None}
+        present |= {f"ood {name}": ood.images for name, ood in sets.ood.items()}
+        for name, images in present.items():
+            if images.shape != sets.test.shape:
+                raise ValueError(
+                    f"set {name} ({images.source}) has images of shape {images.shape} (C, H, W), set test "
+                    f"({sets.test.source}) of {sets.test.shape}: all must agree. {self.remedy}".rstrip()
+                )
+            if not len(images):
+                raise ValueError(f"set {name} ({images.source}) has no images")
+            if name in ("train", "test"):
+                _check_labels(images, len(sets.classes))
+        for option, values in (("mean", self.mean), ("std", self.std)):
+            if values is not None and len(values) not in (1, sets.test.shape[0]):
+                raise ValueError(f"{option} has {len(values)} values, the images have {sets.test.shape[0]} channels")
+
+
+def _check_labels(images: ImageSet, num_classes: int) -> None:
+    wrong = ((images.labels < 0) | (images.labels >= num_classes)).nonzero().flatten()
+    if len(wrong):
+        row = int(wrong[0])
+        raise ValueError(
+            f"{images.source}: label {int(images.labels[row])} in row {row} is not one of the {num_classes} classes "
+            f"0..{num_classes - 1}"
+        )
+
+
+def _mark_for_training(batch: Any) -> Any:
+    return TrainingBatch(*batch) if isinstance(batch, Batch) else batch

@@ -1,0 +1,177 @@
+"""``python -m experiments fit|validate|test|predict``: LightningCLI with run folders, exact resume and short errors."""
+
+import difflib
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from pytorch_lightning import Callback
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
+
+from backbones.weights import CHECKPOINTS, ROOT
+from callbacks.compatibility import Compatibility
+from callbacks.evaluation import OODEvaluation
+from callbacks.randomness import SeedSteps
+from callbacks.run_record import RunRecord, differences, prepare_folder
+from callbacks.tables import print_results
+from datamodules.datamodule import OODDataModule
+from lightning_modules.ood_module import OODModule
+
+EXPERIMENTS = ROOT / "experiments"
+DEFAULTS = EXPERIMENTS / "_defaults.yaml"
+
+
+class Parser(LightningArgumentParser):
+    """LightningCLI's parser with an error of a few lines that names what would have been right."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print the message, what is near to it, and exit with 2; nested parsers raise as before."""
+        if not self.exit_on_error:
+            super().error(message, ex)
+        sys.stderr.write(f"error: {message.strip()}\n{self._suggestions(message)}")
+        raise SystemExit(2)
+
+    def _suggestions(self, message: str) -> str:
+        unknown = re.search(r"(?:Key|Option|arguments:|Unrecognized.*?:) *['\"]?-*([\w.]+)", message)
+        if unknown is None:
+            return ""
+        valid = [action.dest for action in self._actions]
+        near = difflib.get_close_matches(unknown[1], valid, n=3, cutoff=0.5)
+        return f"did you mean {', '.join(near)}?\n" if near else f"valid keys: {', '.join(sorted(valid))}\n"
+
+
+class OODCLI(LightningCLI):
+    """One run folder for each experiment and name; the configuration of the fit is the record of the run."""
+
+    def __init__(self, args: ArgsType = None, show_results: bool = True) -> None:
+        self.show_results = show_results
+        defaults = {"default_config_files": [str(DEFAULTS)]}
+        try:
+            super().__init__(
+                OODModule,
+                OODDataModule,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                save_config_callback=None,
+                seed_everything_default=0,
+                parser_class=Parser,
+                parser_kwargs={name: dict(defaults) for name in self.subcommands()},
+                auto_configure_optimizers=False,
+                args=args,
+            )
+        finally:
+            if "wandb" in sys.modules:  # else the next command in this process would write into the same wandb run
+                sys.modules["wandb"].finish()
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add what every experiment has."""
+        parser.add_argument(
+            "--experiment", type=str | None, help="<method>/<setting>; default: from the path of --config"
+        )
+        parser.add_argument("--name", type=str | None, help="name of the run; default: seed<seed_everything>")
+        parser.add_argument("--overwrite", type=bool, default=False, help="discard a run of the same name")
+        parser.add_argument("--save_every_n_steps", type=int | None, help="write last.ckpt in mid-epoch too")
+        parser.add_lightning_class_args(OODEvaluation, "evaluation")
+        parser.link_arguments("seed_everything", "data.init_args.seed")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse; unlike the stock CLI without a warning when called from Python."""
+        self.config = parser.parse_args(args)  # type: ignore[arg-type]
+
+    def _parse_ckpt_path(self) -> None:
+        """Take nothing from a checkpoint: config.yaml is the record, and the command line stands."""
+
+    @property
+    def settings(self) -> Any:
+        """The configuration of the chosen subcommand."""
+        return self.config[self.subcommand]
+
+    def before_instantiate_classes(self) -> None:
+        """Resolve experiment, name and run folder, and tell everything that writes."""
+        settings = self.settings
+        if settings.experiment is None:
+            settings.experiment = _experiment_of(settings.config)
+        if settings.trainer.get("fast_dev_run"):
+            settings.name, settings.overwrite = "fast_dev_run", True
+        settings.name = settings.name or f"seed{settings.seed_everything}"
+        self.record = self.config_yaml()  # before any path of this machine enters
+        self.folder = CHECKPOINTS / settings.experiment / settings.name
+        settings.evaluation.folder = str(self.folder)
+        settings.trainer.default_root_dir = str(self.folder)
+        for logger in settings.trainer.logger or []:
+            logger.init_args.save_dir = str(self.folder)
+        self.resume: Path | None = None
+        if self.subcommand == "fit":
+            self.resume = prepare_folder(self.folder, self.record, settings.overwrite)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        """Add the callbacks that no experiment goes without."""
+        settings = self.settings
+        own = [Compatibility(), RunRecord(self.folder, self.record), SeedSteps(settings.seed_everything)]
+        self.trainer_defaults["callbacks"] = [*own, *self._checkpoints()]
+        return super().instantiate_trainer(**kwargs)
+
+    def _checkpoints(self) -> list[Callback]:
+        common = {"dirpath": self.folder, "enable_version_counter": False, "save_on_train_epoch_end": True}
+        checkpoints: list[Callback] = []
+        if self.model.selection == "best":  # before the last one, which stores its state
+            checkpoints += [ModelCheckpoint(**common, filename="best", monitor="val/accuracy", mode="max")]
+        if self.settings.save_every_n_steps:
+            steps = self.settings.save_every_n_steps
+            checkpoints += [ModelCheckpoint(**common, filename="last", every_n_train_steps=steps)]
+        return [*checkpoints, ModelCheckpoint(**common, filename="last")]
+
+    def after_instantiate_classes(self) -> None:
+        """Choose the checkpoint: the one to continue from, or the one that the method selects."""
+        chosen = self.config_init[self.subcommand]
+        if chosen.ckpt_path is not None or self.subcommand is None:
+            return
+        if self.subcommand == "fit":
+            chosen.ckpt_path = self.resume and str(self.resume)
+            return
+        trained = self.folder / f"{self.model.selection}.ckpt"
+        if trained.is_file():
+            self._check_model_of_run()
+            chosen.ckpt_path = str(trained)
+        elif not _has_weights(self.settings.model.as_dict()):
+            method, _, setting = self.settings.experiment.partition("/")
+            raise FileNotFoundError(
+                f"nothing to evaluate: there is no {trained}, and the model names no weights; "
+                f"train it with make {method}-{setting}, or give --ckpt_path"
+            )
+
+    def _check_model_of_run(self) -> None:
+        path = self.folder / "config.yaml"
+        stored, here = yaml.safe_load(path.read_text(encoding="utf-8")), yaml.safe_load(self.record)
+        if changed := differences(stored["model"], here["model"], "model"):
+            raise ValueError(f"the run was fitted with another model; take --config {path}\n{changed}")
+
+    def after_test(self) -> None:
+        """Print the table, once, on the first process."""
+        results = self._get(self.config_init, "evaluation").results
+        if results and self.show_results:
+            print_results([results])
+
+    def config_yaml(self) -> str:
+        """The resolved configuration, ready to be given to ``--config`` again."""
+        parser = self._parser(self.subcommand)
+        text = parser.dump(self.settings, skip_none=False, skip_link_targets=True)
+        config = {key: value for key, value in yaml.safe_load(text).items() if key not in ("ckpt_path", "overwrite")}
+        return yaml.safe_dump(config, sort_keys=False)
+
+
+def _experiment_of(configs: list[Any] | None) -> str:
+    if not configs:
+        raise ValueError("which experiment? Give --config experiments/<method>/<setting>.yaml or --experiment a/b")
+    path = Path(os.fspath(configs[-1])).absolute()  # a link counts where it stands
+    return f"{path.parent.name}/{path.stem}"
+
+
+def _has_weights(model: Any) -> bool:
+    if isinstance(model, dict):
+        return bool(model.get("weights")) or any(_has_weights(value) for value in model.values())
+    return False

@@ -1,0 +1,103 @@
+"""The contract that every method keeps."""
+
+from abc import ABC, abstractmethod
+from typing import ClassVar, Literal
+
+from matplotlib.figure import Figure
+from pytorch_lightning import LightningModule
+from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
+from pytorch_lightning.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassAccuracy
+
+from backbones.backbone import Backbone
+from lightning_modules.evidence import Evidence
+
+Images = Tensor
+Labels = Tensor
+Ids = Tensor
+Batch = tuple[Images, Labels, Ids]  # what every loader yields; label -1 = outlier
+
+
+class OODModule(LightningModule, ABC):
+    """What every method shares: validation, testing, optimisation, and parts that stay frozen.
+
+    A method gives ``forward`` and ``training_step``. It knows no OOD set, no path, no normalisation constant, no logger
+    and no metric; what needs both module and data is a callback.
+
+    Attributes:
+        taps: the features that ``forward`` returns beside ``penultimate``; the evaluation adds what its scores read.
+        selection: the checkpoint to test: ``best`` on ID validation accuracy, or ``last``.
+        frozen: names of submodules that stay in eval mode, take no gradient and are no business of the optimiser.
+
+    Args:
+        backbone: the network.
+        optimizer: makes the optimiser from the parameters that are not frozen.
+        lr_scheduler: makes the schedule from the optimiser; None = constant.
+        lr_interval: whether the schedule steps after each epoch or after each step.
+    """
+
+    selection: ClassVar[Literal["best", "last"]] = "last"
+    frozen: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        optimizer: OptimizerCallable,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        lr_interval: Literal["epoch", "step"] = "epoch",
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.taps: set[str] = set()
+        self._optimizer, self._lr_scheduler, self._lr_interval = optimizer, lr_scheduler, lr_interval
+        self.val_accuracy = MulticlassAccuracy(backbone.num_classes, average="micro")
+
+    @abstractmethod
+    def forward(self, images: Images) -> Evidence:
+        """Observe (B, C, H, W) images in one pass; B may be 0."""
+
+    @abstractmethod
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return the loss of one batch; a process's share of it may hold ID rows only, or outliers only."""
+
+    def figures(self) -> dict[str, Figure]:
+        """Return the method's own pictures, by name; a callback decides where they go."""
+        return {}
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Count the correctly classified images of the held-out ID part."""
+        images, labels, _ = batch
+        logits = self(images).logits
+        if len(labels):  # the last share of a process may be empty
+            self.val_accuracy.update(logits, labels)
+        self.log("val/accuracy", self.val_accuracy, on_epoch=True, prog_bar=True)
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Evidence:  # type: ignore[override]
+        """Observe the images; the evaluation callback reads the evidence."""
+        return self(batch[0])
+
+    predict_step = test_step
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Hand every parameter that is not frozen to the optimiser."""
+        optimizer = self._optimizer([parameter for parameter in self.parameters() if parameter.requires_grad])
+        if self._lr_scheduler is None:
+            return optimizer
+        scheduler = self._lr_scheduler(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": self._lr_interval}}
+
+    def configure_model(self) -> None:
+        """Take the gradients of what is frozen away; Lightning calls this before it makes the optimiser."""
+        for module in self._frozen_modules():
+            module.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "OODModule":
+        """Switch the mode of everything but what is frozen."""
+        super().train(mode)
+        for module in self._frozen_modules():
+            module.eval()
+        return self
+
+    def _frozen_modules(self) -> list[nn.Module]:
+        return [self.get_submodule(name) for name in self.frozen]

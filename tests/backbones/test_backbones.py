@@ -1,0 +1,332 @@
+"""Every network keeps the contract of ``Backbone``; each equals an independent reference."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import pytest
+import torch
+import torchvision
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from backbones.backbone import Backbone
+from backbones.digits_net import DigitsNet
+from backbones.resnet import ResNet
+from backbones.resnet_option_a import ResNetOptionA, option_a
+
+CLASSES = 7
+
+
+@dataclass(frozen=True)
+class Case:
+    build: Callable[..., Backbone]
+    shape: tuple[int, int, int]
+    map_shape: tuple[int, int, int]
+    widths: tuple[int, ...]  # of the stages, in order
+
+    def new(self, **options) -> Backbone:
+        """Build in eval mode, with batch-norm statistics unlike those of a fresh network."""
+        torch.manual_seed(0)
+        network = self.build(num_classes=CLASSES, input_shape=self.shape, **options).eval()
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.normal_(module.running_mean, std=0.1)
+                nn.init.uniform_(module.running_var, 0.8, 1.2)
+                nn.init.uniform_(module.weight, 0.4, 0.8)
+                nn.init.normal_(module.bias, std=0.1)
+        return network
+
+    @cache  # noqa: B019
+    def shared(self) -> Backbone:
+        """For tests that leave the network as it is."""
+        return self.new()
+
+    def images(self, count: int = 3) -> Tensor:
+        return torch.rand(count, *self.shape, generator=torch.Generator().manual_seed(1))
+
+
+def resnet(depth: int) -> Callable[..., Backbone]:
+    return lambda **options: ResNet(depth, **options)
+
+
+def resnet_option_a(depth: int) -> Callable[..., Backbone]:
+    return lambda **options: ResNetOptionA(depth, **options)
+
+
+BASIC, BOTTLENECK = (64, 128, 256, 512), (256, 512, 1024, 2048)
+CASES = {
+    "resnet18": Case(resnet(18), (3, 32, 32), (512, 4, 4), BASIC),
+    "resnet18-grey-28": Case(resnet(18), (1, 28, 28), (512, 4, 4), BASIC),
+    "resnet18-oblong": Case(resnet(18), (3, 33, 16), (512, 5, 2), BASIC),
+    "resnet34": Case(resnet(34), (3, 24, 24), (512, 3, 3), BASIC),
+    "resnet50": Case(resnet(50), (3, 16, 16), (2048, 2, 2), BOTTLENECK),
+    "option-a-20": Case(resnet_option_a(20), (3, 32, 32), (64, 8, 8), (16, 32, 64)),
+    "option-a-20-oblong": Case(resnet_option_a(20), (1, 29, 12), (64, 8, 3), (16, 32, 64)),
+    "option-a-32": Case(resnet_option_a(32), (3, 32, 32), (64, 8, 8), (16, 32, 64)),
+    "option-a-44": Case(resnet_option_a(44), (3, 32, 32), (64, 8, 8), (16, 32, 64)),
+    "option-a-56": Case(resnet_option_a(56), (3, 32, 32), (64, 8, 8), (16, 32, 64)),
+    "digits": Case(DigitsNet, (1, 8, 8), (64, 4, 4), (32, 64, 64)),
+    "digits-colour-15": Case(DigitsNet, (3, 15, 15), (64, 8, 8), (32, 64, 64)),
+}
+
+
+@pytest.fixture(params=CASES.values(), ids=CASES.keys())
+def case(request) -> Case:
+    return request.param
+
+
+@pytest.mark.parametrize("count", [3, 0])
+def test_shapes(case, count):
+    network, images = case.shared(), case.images(count)
+    with torch.no_grad():
+        maps = network.forward_features(images)
+        assert maps.shape == (count, *case.map_shape)
+        assert network(images).shape == network.forward_head(maps).shape == (count, CLASSES)
+        assert network.forward_head(maps, pre_logits=True).shape == (count, network.num_features)
+        _, features = network.forward_intermediates(images, network.taps)
+    widths = dict(zip(network.stages, case.widths, strict=True))
+    pools = dict.fromkeys(("penultimate", "std", "max"), network.num_features)
+    assert {tap: tuple(value.shape) for tap, value in features.items()} == {
+        tap: (count, width) for tap, width in (pools | widths).items()
+    }
+    assert network.num_features == case.map_shape[0] == network.head.in_features
+    assert network.num_classes == network.head.out_features == CLASSES
+
+
+def test_one_pass_yields_every_tap(case, monkeypatch):
+    network, images = case.shared(), case.images()
+    calls = []
+    stem = network.stem
+    monkeypatch.setattr(network, "stem", lambda images: calls.append("stem") or stem(images))
+    outputs = {}
+    hooks = [
+        network.get_submodule(stage).register_forward_hook(
+            lambda module, args, output, stage=stage: calls.append(stage) or outputs.update({stage: output.clone()})
+        )
+        for stage in network.stages
+    ]
+    with torch.no_grad():
+        maps, features = network.forward_intermediates(images, network.taps)
+    for hook in hooks:
+        hook.remove()
+    assert calls == ["stem", *network.stages]
+    for stage, output in outputs.items():
+        torch.testing.assert_close(features[stage], output.sum((-1, -2)) / output[0, 0].numel())
+    assert torch.equal(maps, outputs[network.stages[-1]])
+    assert features["std"].count_nonzero() > 0
+    for row, column in ((0, 0), (1, 5), (2, 63)):
+        positions = maps[row, column].flatten().double().tolist()
+        mean = sum(positions) / len(positions)
+        variance = sum((value - mean) ** 2 for value in positions) / (len(positions) - 1)
+        assert features["penultimate"][row, column].item() == pytest.approx(mean, rel=1e-5, abs=1e-6)
+        assert features["std"][row, column].item() == pytest.approx(variance**0.5, rel=1e-5, abs=1e-6)
+        assert features["max"][row, column].item() == max(positions)
+
+
+def test_only_the_requested_taps_are_returned(case):
+    _, features = case.shared().forward_intermediates(case.images(), {"layer2"})
+    assert set(features) == {"layer2"}
+
+
+def test_the_head_reads_the_penultimate_features(case):
+    network, images = case.shared(), case.images()
+    with torch.no_grad():
+        _, features = network.forward_intermediates(images, ["penultimate"])
+        logits = features["penultimate"] @ network.head.weight.T + network.head.bias
+        torch.testing.assert_close(network(images), logits)
+
+
+def test_eval_is_deterministic(case):
+    network, images = case.shared(), case.images()
+    with torch.no_grad():
+        assert torch.equal(network(images), network(images))
+
+
+def test_weights_survive_a_file(case, tmp_path):
+    network, images = case.shared(), case.images()
+    torch.save(network.state_dict(), tmp_path / "network.pt")
+    again = case.build(num_classes=CLASSES, input_shape=case.shape, weights=str(tmp_path / "network.pt")).eval()
+    with torch.no_grad():
+        assert torch.equal(again(images), network(images))
+
+
+def test_gradients_reach_every_image(case):
+    network, images = case.shared(), case.images().requires_grad_()
+    maps, features = network.forward_intermediates(images, network.taps)
+    for output in (network.forward_head(maps), *features.values()):
+        (gradient,) = torch.autograd.grad(output.square().sum(), images, retain_graph=True)
+        assert gradient.isfinite().all()
+        assert (gradient.flatten(1).abs().sum(1) > 0).all()
+
+
+def test_wrong_images_are_named_with_both_shapes(case):
+    channels, height, width = case.shape
+    for shape in ((channels + 1, height, width), (channels, height + 8, width)):
+        with pytest.raises(ValueError, match=re.escape(f"{case.shape} (C, H, W), these are {shape}")):
+            case.shared()(torch.zeros(2, *shape))
+
+
+def test_an_unknown_tap_lists_the_known_ones(case):
+    with pytest.raises(ValueError, match=r"no tap layer9; its taps: penultimate, std, max, layer1, layer2"):
+        case.shared().forward_intermediates(case.images(), ["penultimate", "layer9"])
+
+
+def test_normalisation_inside_equals_normalisation_outside(case):
+    mean, std = (0.49, 0.48, 0.45)[: case.shape[0]], (0.25, 0.2, 0.22)[: case.shape[0]]
+    inside, outside, images = case.new(mean=mean, std=std), case.shared(), case.images()
+    assert list(inside.state_dict()) == list(outside.state_dict())
+    normalised = torch.stack([(images[:, c] - mean[c]) / std[c] for c in range(case.shape[0])], 1)
+    with torch.no_grad():
+        torch.testing.assert_close(inside(images), outside(normalised))
+        assert not torch.allclose(inside(images), outside(images))
+
+
+def test_incomplete_normalisation_is_refused():
+    with pytest.raises(ValueError, match="give both or neither"):
+        DigitsNet(10, mean=(0.5,))
+    with pytest.raises(ValueError, match="std has 2 values, the input has 3 channels"):
+        DigitsNet(10, (3, 8, 8), mean=(0.5,), std=(0.5, 0.5))
+
+
+class Flat(Backbone):
+    """A network without a map."""
+
+    def __init__(self) -> None:
+        super().__init__(5, 3, (1, 2, 2))
+        self.layer, self.fc = nn.Linear(4, 5), nn.Linear(5, 3)
+
+    @property
+    def head(self) -> nn.Linear:
+        return self.fc
+
+    def stem(self, images: Tensor) -> Tensor:
+        return self.layer(images.flatten(1))
+
+
+def test_a_network_without_a_map():
+    network, images = Flat(), torch.rand(2, 1, 2, 2)
+    maps, features = network.forward_intermediates(images, ["penultimate"])
+    assert torch.equal(features["penultimate"], maps)
+    torch.testing.assert_close(network(images), maps @ network.fc.weight.T + network.fc.bias)
+    for tap in ("std", "max"):
+        with pytest.raises(ValueError, match=f"tap {tap} needs a last map with positions, that of Flat has none"):
+            network.forward_intermediates(images, [tap])
+
+
+def test_a_single_position_has_no_std():
+    with pytest.raises(ValueError, match="tap std needs"):
+        ResNet(18, 10, (3, 8, 8)).forward_intermediates(torch.rand(2, 3, 8, 8), ["std"])
+
+
+@pytest.mark.parametrize(("network", "valid"), [(ResNet, "18, 34, 50"), (ResNetOptionA, "20, 32, 44, 56")])
+def test_an_unknown_depth_lists_the_valid_ones(network, valid):
+    with pytest.raises(ValueError, match=f"{valid}, not 19"):
+        network(19, 10)
+
+
+def count(network: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+@pytest.mark.parametrize(
+    ("depth", "classes", "parameters", "entries"),
+    [
+        (18, 10, 11_173_962, 122),
+        (18, 100, 11_220_132, 122),
+        (34, 10, 21_282_122, 218),
+        (34, 100, 21_328_292, 218),
+        (50, 10, 23_520_842, 320),
+    ],
+)
+def test_size_of_resnet(depth, classes, parameters, entries):
+    network = ResNet(depth, classes)
+    assert count(network) == parameters
+    assert len(network.state_dict()) == entries
+
+
+@pytest.mark.parametrize(("depth", "millions"), [(20, 0.27), (32, 0.46), (44, 0.66), (56, 0.85)])  # He et al., table 6
+def test_size_of_resnet_option_a(depth, millions):
+    blocks, expected, before = (depth - 2) // 6, 9 * 3 * 16 + 2 * 16, 16
+    for width in (16, 32, 64):
+        expected += 9 * before * width + (2 * blocks - 1) * 9 * width * width + 2 * blocks * 2 * width
+        before = width
+    expected += 64 * 10 + 10
+    network = ResNetOptionA(depth, 10)
+    assert count(network) == expected
+    assert round(expected / 1e6, 2) == millions
+    assert sum(not name.endswith("num_batches_tracked") for name in network.state_dict()) == 5 * (depth - 1) + 2
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("depth", [18, 34, 50])
+def test_resnet_equals_torchvision_with_another_stem(depth, training):
+    network, images = CASES[f"resnet{depth}"].new().train(training), CASES[f"resnet{depth}"].images()
+    reference = getattr(torchvision.models, f"resnet{depth}")(num_classes=CLASSES)
+    reference.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
+    reference.maxpool = nn.Identity()
+    reference.load_state_dict(network.state_dict(), strict=True)
+    reference.train(training)
+    maps = {}
+    reference.layer4.register_forward_hook(lambda module, args, output: maps.update(last=output))
+    with torch.no_grad():
+        logits = reference(images)
+        features = network.forward_features(images)
+    assert torch.equal(features, maps["last"])
+    torch.testing.assert_close(network.forward_head(features), logits)
+
+
+@pytest.mark.parametrize(("height", "width"), [(6, 4), (5, 7)])
+def test_shortcut_of_option_a(height, width):
+    maps = torch.rand(2, 4, height, width)
+    expected = torch.zeros(2, 8, (height + 1) // 2, (width + 1) // 2)
+    for row in range(0, height, 2):
+        for column in range(0, width, 2):
+            for channel in range(4):
+                expected[:, 2 + channel, row // 2, column // 2] = maps[:, channel, row, column]
+    assert torch.equal(option_a(maps, 8, 2), expected)
+    assert torch.equal(option_a(maps, 4, 1), maps)
+
+
+def test_option_a_equals_a_network_written_by_name():
+    case = CASES["option-a-20"]
+    network, images = case.shared(), case.images()
+    state = network.state_dict()
+
+    def normed(maps, convolution, norm, stride=1):
+        maps = F.conv2d(maps, state[f"{convolution}.weight"], stride=stride, padding=1)
+        mean, variance, weight, bias = (
+            state[f"{norm}.{name}"].view(-1, 1, 1) for name in ("running_mean", "running_var", "weight", "bias")
+        )
+        return (maps - mean) / (variance + 1e-5).sqrt() * weight + bias
+
+    maps = normed(images, "conv1", "bn1").clamp(min=0)
+    for layer in (1, 2, 3):
+        for block in range(3):
+            name, stride = f"layer{layer}.{block}", 2 if layer > 1 and block == 0 else 1
+            hidden = normed(maps, f"{name}.conv1", f"{name}.bn1", stride).clamp(min=0)
+            hidden = normed(hidden, f"{name}.conv2", f"{name}.bn2")
+            if stride == 2:
+                nothing = torch.zeros_like(hidden[:, : maps.shape[1] // 2])
+                maps = torch.cat([nothing, maps[..., ::2, ::2], nothing], 1)
+            maps = (hidden + maps).clamp(min=0)
+    logits = maps.mean((2, 3)) @ state["linear.weight"].T + state["linear.bias"]
+    with torch.no_grad():
+        torch.testing.assert_close(network(images), logits, rtol=1e-4, atol=1e-4)
+
+
+def test_digits_net_learns_digits():
+    pixels, labels = load_digits(return_X_y=True)
+    images, labels = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 16, torch.tensor(labels)
+    torch.manual_seed(0)
+    network, (train, test) = DigitsNet(10), torch.randperm(len(labels)).split([1300, 497])
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9)
+    for _ in range(3):
+        for rows in train[torch.randperm(len(train))].split(65):
+            optimizer.zero_grad()
+            F.cross_entropy(network(images[rows]), labels[rows]).backward()
+            optimizer.step()
+    network.eval()
+    assert (network(images[test]).argmax(1) == labels[test]).float().mean() > 0.95

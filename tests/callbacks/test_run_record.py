@@ -1,0 +1,94 @@
+import json
+import logging
+
+import pytest
+import yaml
+from pytorch_lightning import Trainer
+
+from callbacks.run_record import RunRecord, differences, prepare_folder, run_status
+
+CONFIG = yaml.safe_dump({"model": {"lr": 0.1}, "seed_everything": 0})
+
+
+def write_run(folder, status, config=CONFIG, last=True):
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(config)
+    (folder / "run.json").write_text(json.dumps({"status": status}))
+    if last:
+        (folder / "last.ckpt").touch()
+
+
+def test_an_empty_folder_starts_anew(tmp_path):
+    assert prepare_folder(tmp_path / "run", CONFIG, overwrite=False) is None
+
+
+@pytest.mark.parametrize("status", ["running", "interrupted", "failed"])
+def test_an_unfinished_run_continues(tmp_path, status):
+    write_run(tmp_path / "run", status)
+    assert prepare_folder(tmp_path / "run", CONFIG, overwrite=False) == tmp_path / "run" / "last.ckpt"
+
+
+def test_an_unfinished_run_without_a_checkpoint_starts_anew(tmp_path):
+    write_run(tmp_path / "run", "running", last=False)
+    assert prepare_folder(tmp_path / "run", CONFIG, overwrite=False) is None
+
+
+def test_a_finished_run_is_refused_and_kept(tmp_path):
+    write_run(tmp_path / "run", "finished")
+    with pytest.raises(FileExistsError, match="finished run.*--overwrite"):
+        prepare_folder(tmp_path / "run", CONFIG, overwrite=False)
+    assert (tmp_path / "run" / "last.ckpt").is_file()
+
+
+def test_an_unfinished_run_of_another_configuration_is_refused_with_the_difference(tmp_path):
+    write_run(tmp_path / "run", "running")
+    with pytest.raises(FileExistsError, match=r"model.lr: 0.1 there, 0.2 here"):
+        prepare_folder(tmp_path / "run", CONFIG.replace("0.1", "0.2"), overwrite=False)
+
+
+def test_overwrite_discards_the_run(tmp_path):
+    write_run(tmp_path / "run", "finished")
+    assert prepare_folder(tmp_path / "run", CONFIG, overwrite=True) is None
+    assert not (tmp_path / "run").exists()
+
+
+def test_differences_name_added_removed_and_changed_keys():
+    text = differences({"a": 1, "b": {"c": 2}, "overwrite": True}, {"b": {"c": 3, "d": 4}, "overwrite": False})
+    assert text.splitlines() == ["  a: 1 there, None here", "  b.c: 2 there, 3 here", "  b.d: None there, 4 here"]
+
+
+def test_the_record_follows_a_run_that_breaks(tmp_path):
+    handlers = list(logging.getLogger().handlers)
+    record = RunRecord(tmp_path / "run", CONFIG)
+    trainer = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu", default_root_dir=tmp_path)
+    record.setup(trainer, None, "fit")
+    assert run_status(tmp_path / "run") == "running"
+    logging.getLogger("callbacks.run_record").setLevel(logging.INFO)
+    try:
+        raise RuntimeError("the disk is on fire")
+    except RuntimeError as error:
+        record.on_exception(trainer, None, error)
+    record.teardown(trainer, None, "fit")
+    assert run_status(tmp_path / "run") == "failed"
+    assert "the disk is on fire" in (tmp_path / "run" / "log.txt").read_text()
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["model"] == {"lr": 0.1}
+    assert logging.getLogger().handlers == handlers
+
+
+def test_a_keyboard_interrupt_is_called_so(tmp_path):
+    record = RunRecord(tmp_path / "run", CONFIG)
+    trainer = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu", default_root_dir=tmp_path)
+    record.setup(trainer, None, "fit")
+    record.on_exception(trainer, None, KeyboardInterrupt())
+    record.teardown(trainer, None, "fit")
+    assert run_status(tmp_path / "run") == "interrupted"
+
+
+def test_testing_a_run_leaves_its_configuration_alone(tmp_path):
+    write_run(tmp_path / "run", "finished")
+    trainer = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu", default_root_dir=tmp_path)
+    record = RunRecord(tmp_path / "run", "model: other")
+    record.setup(trainer, None, "test")
+    record.teardown(trainer, None, "test")
+    assert (tmp_path / "run" / "config.yaml").read_text() == CONFIG
+    assert run_status(tmp_path / "run") == "finished"

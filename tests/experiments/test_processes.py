@@ -1,0 +1,134 @@
+"""The real ``test`` command on one, two and three processes: the same images, scores, statistics and metrics."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from backbones.digits_net import DigitsNet
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+SIZES = {"train": 167, "test": 83, "far": 50, "lonely": 1}  # no size divides by 2 or 3 batches evenly; one image
+SAVE_STATE = """
+import torch
+from pytorch_lightning import Callback
+
+
+class SaveState(Callback):
+    def __init__(self, path: str):
+        self.path = path
+
+    def on_test_end(self, trainer, pl_module):
+        (evaluation,) = [c for c in trainer.callbacks if type(c).__name__ == "OODEvaluation"]
+        if trainer.is_global_zero:
+            torch.save({name: score.state_dict() for name, score in evaluation.scores.items()}, self.path)
+"""
+
+
+def write_experiment(folder):
+    rng = np.random.default_rng(0)
+    for name, size in SIZES.items():
+        images = rng.integers(0, 256, (size, 8, 8), dtype=np.uint8)
+        np.savez(folder / f"{name}.npz", images=images, labels=np.arange(size) % 3)
+    torch.manual_seed(0)
+    torch.save(DigitsNet(num_classes=3).state_dict(), folder / "weights.pt")
+    (folder / "savestate.py").write_text(SAVE_STATE)
+    arrays = {"path": str(folder / "far.npz")}, {"path": str(folder / "lonely.npz"), "group": "near"}
+    config = {
+        "model": {
+            "class_path": "lightning_modules.classifier.Classifier",
+            "init_args": {
+                "backbone": {
+                    "class_path": "backbones.digits_net.DigitsNet",
+                    "init_args": {"num_classes": 3, "weights": str(folder / "weights.pt")},
+                },
+                "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}},
+            },
+        },
+        "data": {
+            "class_path": "datamodules.arrays.Arrays",
+            "init_args": {
+                "train": str(folder / "train.npz"),
+                "test": str(folder / "test.npz"),
+                "ood": {"far": arrays[0], "lonely": arrays[1]},
+                "batch_size": 12,
+                "val_split": 0.2,
+                "mean": [0.5],
+                "std": [0.5],
+            },
+        },
+        "trainer": {"accelerator": "cpu", "strategy": "ddp", "logger": False, "enable_progress_bar": False},
+        "evaluation": {"bootstrap": 20, "figures": False},
+    }
+    (folder / "many.yaml").write_text(yaml.safe_dump(config))
+
+
+def run(folder, processes):
+    callback = {"class_path": "savestate.SaveState", "init_args": {"path": str(folder / f"state{processes}.pt")}}
+    command = [sys.executable, "-m", "experiments", "test", "--config", str(folder / "many.yaml")]
+    command += ["--experiment", "tests/many", "--name", f"p{processes}", "--trainer.devices", str(processes)]
+    command += ["--trainer.callbacks+", json.dumps(callback)]
+    env = os.environ | {"OOD_CHECKPOINTS": str(folder), "OMP_NUM_THREADS": "1", "OOD_TRACEBACK": "1"}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(folder)])
+    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes")
+    write_experiment(folder)
+    found = {}
+    for processes in (1, 2, 3):
+        job = run(folder, processes)
+        output, _ = job.communicate(timeout=240)
+        assert job.returncode == 0, output[-4000:]
+        run_folder = folder / "tests" / "many" / f"p{processes}"
+        results = json.loads((run_folder / "results.json").read_text())
+        with np.load(run_folder / "scores.npz") as stored:
+            samples = {name: stored[name] for name in stored.files}
+        found[processes] = results, samples, torch.load(folder / f"state{processes}.pt", weights_only=True)
+    return found
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_every_image_is_evaluated_exactly_once(records, processes):
+    results, samples, _ = records[processes]
+    assert results["processes"] == processes
+    for split, size in {"id": 83, "far": 50, "lonely": 1}.items():
+        rows = samples["split"] == list(samples["splits"]).index(split)
+        assert samples["ids"][rows].tolist() == list(range(size))
+    held_out = results["splits"]["calibration"]["size"]
+    assert results["forwards"]["images"] == SIZES["train"] + 83 + 50 + 1
+    assert (samples["split"] == list(samples["splits"]).index("calibration")).sum() == held_out
+    assert not results["truncated"]
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_scores_and_metrics_equal_those_of_one_process(records, processes):
+    (results_1, samples_1, _), (results_n, samples_n, _) = records[1], records[processes]
+    assert samples_n.keys() == samples_1.keys()
+    for name, values in samples_1.items():
+        if name.startswith("score/"):
+            np.testing.assert_allclose(samples_n[name], values, rtol=1e-4, err_msg=name)
+        else:
+            np.testing.assert_array_equal(samples_n[name], values, err_msg=name)
+    for row_1, row_n in zip(results_1["rows"], results_n["rows"], strict=True):
+        assert row_n == pytest.approx(row_1, abs=1e-12)
+    assert results_n["weights_sha256"] == results_1["weights_sha256"]
+    assert results_n["splits"] == results_1["splits"]
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_fitted_statistics_equal_those_of_one_process(records, processes):
+    for name, state in records[1][2].items():
+        for key, value in state.items():
+            other = records[processes][2][name][key]
+            if key == "bank":  # a set of rows: every order gives the same neighbours
+                value, other = value[value[:, 0].argsort()], other[other[:, 0].argsort()]
+            torch.testing.assert_close(other.double(), value.double(), rtol=1e-9, atol=1e-9, msg=f"{name}.{key}")
