@@ -73,7 +73,7 @@ class OODEvaluation(Callback):
         self._images = 0
         self._started = time.perf_counter()
         for score in self.scores.values():
-            score.to(pl_module.device)
+            score.to(pl_module.device, torch.float64 if pl_module.dtype == torch.float64 else None)
 
     def on_test_batch_end(
         self,

@@ -5,6 +5,7 @@ Higher score = more OOD. A threshold tau accepts as ID every score <= tau. All v
 
 from dataclasses import dataclass
 from fractions import Fraction
+from math import ceil, floor
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -69,10 +70,8 @@ def aupr(ranking: Ranking, positive: Side = "id", rule: AuprRule = "step") -> fl
     """
     _check(rule, AuprRule, "the rule of AUPR")
     hits, misses = _retrieved(ranking, positive)
-    retrieved = misses + hits
-    precision = np.ones(len(hits))
-    start = np.searchsorted(retrieved, 1)  # up to here nothing is retrieved
-    np.divide(hits[start:], retrieved[start:], out=precision[start:])
+    retrieved = hits + misses
+    precision = np.divide(hits, retrieved, out=np.ones(len(hits)), where=retrieved > 0)
     height = precision[1:] if rule == "step" else (precision[1:] + precision[:-1]) / 2
     return float(np.diff(hits) @ height / hits[-1])
 
@@ -88,8 +87,8 @@ def fpr_at_tpr(ranking: Ranking, tpr: float = 0.95, positive: Side = "id", rule:
         positive: ``id``: share of OOD accepted where ID is; ``ood``: share of ID flagged where OOD is.
         rule: which threshold. ``first``: the strictest with a recall of at least ``tpr``. ``closest``: the recall
             nearest to ``tpr``, the larger of two equally near ones; among the thresholds of this recall the most
-            permissive (Unleashing Mask). ``percentile``: the linearly interpolated percentile of the ID scores; OOD
-            must lie strictly below (HEAT).
+            permissive, but the strictest of recall 1, which would pass everything (Unleashing Mask). ``percentile``:
+            the linearly interpolated percentile of the ID scores; OOD must lie strictly below (HEAT).
 
     >>> ranking = rank(range(100), [94, 95, 50, 200])
     >>> fpr_at_tpr(ranking), fpr_at_tpr(ranking, rule="closest"), fpr_at_tpr(ranking, positive="ood")
@@ -103,11 +102,13 @@ def fpr_at_tpr(ranking: Ranking, tpr: float = 0.95, positive: Side = "id", rule:
             raise ValueError("the percentile rule is defined on the ID scores: use positive='id', or another rule")
         return int(misses[_places_below_percentile(ranking.values, hits, share)]) / int(misses[-1])
     target = share * int(hits[-1])
-    place = int(np.searchsorted(hits, -(-target // 1)))
+    place = int(np.searchsorted(hits, ceil(target)))
     if rule == "closest":
         below, above = int(hits[place - 1]), int(hits[place])
-        nearest = below if target - below < above - target else above
-        place = int(np.searchsorted(hits, nearest, side="right")) - 1
+        if target - below < above - target:
+            place -= 1
+        elif above < hits[-1]:
+            place = int(np.searchsorted(hits, above, side="right")) - 1
     return int(misses[place]) / int(misses[-1])
 
 
@@ -124,7 +125,7 @@ def threshold_at_tpr(id_scores: ArrayLike | Tensor, tpr: float = 0.95) -> float:
     94.0
     """
     known = np.sort(_scores(id_scores, "threshold, ID"))
-    return float(known[-(-_share(tpr) * len(known) // 1) - 1])
+    return float(known[ceil(_share(tpr) * len(known)) - 1])
 
 
 def cauroc(id_scores: ArrayLike | Tensor, ood_scores: ArrayLike | Tensor, correct: ArrayLike | Tensor) -> float:
@@ -147,7 +148,7 @@ def oscr(id_scores: ArrayLike | Tensor, ood_scores: ArrayLike | Tensor, correct:
     CCR is the share of ID that is accepted and correct, FPR the share of OOD accepted. At every threshold CCR is the
     accuracy times the TPR among the correct samples, so the area is accuracy x CAUROC.
     """
-    return float(_array(correct, np.bool_).mean()) * cauroc(id_scores, ood_scores, correct)
+    return cauroc(id_scores, ood_scores, correct) * float(_array(correct, np.bool_).mean())
 
 
 def macro_f1(
@@ -185,17 +186,14 @@ def _retrieved(ranking: Ranking, positive: Side) -> tuple[Counts, Counts]:
     sides = ranking.id_counts, ranking.ood_counts
     if positive == "ood":
         sides = ranking.ood_counts[::-1], ranking.id_counts[::-1]
-    hits, misses = (np.empty(len(ranking.values) + 1, dtype=np.int64) for _ in sides)
-    for passed, counts in zip((hits, misses), sides, strict=True):
-        passed[0] = 0
-        np.cumsum(counts, out=passed[1:])
+    hits, misses = (np.append(0, np.cumsum(counts)) for counts in sides)
     return hits, misses
 
 
 def _places_below_percentile(values: NDArray[np.float64], hits: Counts, share: Fraction) -> int:
     """Count the distinct values strictly below the interpolated percentile of the samples behind ``hits``."""
     position = share * (int(hits[-1]) - 1)
-    neighbours = [int(position // 1), -int(-position // 1)]
+    neighbours = [floor(position), ceil(position)]
     # infinities cannot be interpolated; half the range, so that a difference of two extremes does not overflow
     limit = np.finfo(np.float64).max / 2
     lower, upper = values[np.searchsorted(hits, neighbours, side="right") - 1].clip(-limit, limit)
@@ -310,6 +308,8 @@ class OODMetrics(Metric):
         CAUROC and OSCR are left out where no ID sample is classified correctly. One side missing is a ``ValueError``.
         """
         scores, labels = (_joined(state) for state in (self.scores, self.labels))
+        if (labels < -1).any():
+            raise ValueError(f"labels are classes, or -1 = OOD; the smallest here is {int(labels.min())}")
         known, unknown = scores[labels != -1], scores[labels == -1]
         ranking = rank(known, unknown)
         metrics = headline(ranking, self.rules) | {"detection_accuracy": detection_accuracy(ranking)}

@@ -57,7 +57,7 @@ class Samples:
     def load(cls, path: Path) -> "Samples":
         """Read ``scores.npz``; a damaged file is a ``ValueError`` that names it."""
         try:
-            with np.load(path, allow_pickle=False) as stored:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
                 columns = {name: stored[name] for name in stored.files}
             scores = {name.removeprefix(SCORE): columns.pop(name) for name in list(columns) if name.startswith(SCORE)}
             return cls(splits=tuple(str(name) for name in columns.pop("splits")), scores=scores, **columns)

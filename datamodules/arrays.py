@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from datamodules.datamodule import Group, OODDataModule, OODSet, Sets
-from datamodules.images import MODES, ArrayImages, Resize, fit_size
+from datamodules.images import MODES, ArrayImages, Resize, anchored, fit_size
 
 
 @dataclass
@@ -91,7 +91,7 @@ def load_arrays(source: ArraySet, size: tuple[int, int] | None = None, labelled:
         raise ValueError(f"{source.path}: limit must be at least 1, got {source.limit}")
     if source.resize is not None and size is None:
         raise ValueError(f"{source.path} itself says how large ID images are: resize={source.resize} has no aim there")
-    images, labels = read_arrays(Path(source.path))
+    images, labels = read_arrays(anchored(source.path))
     if labels is None and labelled:
         raise ValueError(f"{source.path}: ID images need `labels`, an integer array with one value for each image")
     images = images[: source.limit]
@@ -108,9 +108,9 @@ def read_arrays(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
         ValueError: it cannot be read, or holds something else; the message names the file.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"no file {path} (looked from {Path.cwd()})")
+        raise FileNotFoundError(f"no file {path} (a relative path counts from the repository root)")
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             arrays = {name: file[name] for name in ("images", "labels") if name in file.files}
             keys = ", ".join(file.files)
     except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:

@@ -198,7 +198,9 @@ class OODDataModule(LightningDataModule, ABC):
         if self.mean is not None and self.std is not None:
             mean, std = (torch.tensor(values, device=images.device).view(-1, 1, 1) for values in (self.mean, self.std))
             images = (images - mean) / std
-        return Batch(images, labels, ids)
+        batch = Batch(images, labels, ids)
+        # Lightning converts to the trainer's precision before the transfer, when the images are still bytes.
+        return batch if self.trainer is None else self.trainer.precision_plugin.convert_input(batch)
 
     def _augment(self, images: Tensor, ids: Tensor) -> Tensor:
         epoch = self.trainer.current_epoch if self.trainer is not None else 0

@@ -9,7 +9,7 @@ import torch
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from datamodules.datamodule import Group, OODDataModule, OODSet, Sets
-from datamodules.images import FolderImages, Resize
+from datamodules.images import FolderImages, Resize, anchored
 
 
 @dataclass
@@ -63,8 +63,8 @@ class Folders(OODDataModule):
 
     def load(self) -> Sets:
         """List the files; they are decoded when they are served."""
-        classes = find_classes(Path(self.test))
-        if self.train is not None and (trained := find_classes(Path(self.train))) != classes:
+        classes = find_classes(anchored(self.test))
+        if self.train is not None and (trained := find_classes(anchored(self.train))) != classes:
             raise ValueError(
                 f"training and test folders must have the same classes; only in {self.train}: "
                 f"{_listed(set(trained) - set(classes))}; only in {self.test}: {_listed(set(classes) - set(trained))}"
@@ -78,17 +78,17 @@ class Folders(OODDataModule):
         )
 
     def _labelled(self, path: str, classes: list[str]) -> FolderImages:
-        members = [find_images(Path(path, name)) for name in classes]
+        members = [find_images(anchored(path) / name) for name in classes]
         names = [f"{name}/{file}" for name, files in zip(classes, members, strict=True) for file in files]
         labels = torch.repeat_interleave(torch.tensor([len(files) for files in members]))
-        return FolderImages(Path(path), names, labels, self.served_shape, self.resize)
+        return FolderImages(anchored(path), names, labels, self.served_shape, self.resize)
 
     def _unlabelled(self, source: FolderSet) -> FolderImages:
         if source.limit is not None and source.limit < 1:
             raise ValueError(f"{source.path}: limit must be at least 1, got {source.limit}")
-        names = find_images(Path(source.path))[: source.limit]
+        names = find_images(anchored(source.path))[: source.limit]
         labels = torch.full((len(names),), -1)
-        return FolderImages(Path(source.path), names, labels, self.served_shape, source.resize or self.resize)
+        return FolderImages(anchored(source.path), names, labels, self.served_shape, source.resize or self.resize)
 
 
 def find_classes(root: Path) -> list[str]:
@@ -122,7 +122,7 @@ def find_images(root: Path) -> list[str]:
 
 def _check_folder(root: Path) -> None:
     if not root.is_dir():
-        raise FileNotFoundError(f"no folder {root} (looked from {Path.cwd()})")
+        raise FileNotFoundError(f"no folder {root} (a relative path counts from the repository root)")
 
 
 def _listed(names: set[str]) -> str:

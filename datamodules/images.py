@@ -18,6 +18,7 @@ from datamodules.batch import Batch
 
 Resize = Literal["squash", "crop", "pad"]
 MODES = {1: "L", 3: "RGB"}
+ROOT = Path(__file__).resolve().parent.parent
 
 
 class ImageSet(Dataset[Batch], ABC):
@@ -210,6 +211,11 @@ def stratified_split(labels: Tensor, share: float, seed: int, classes: Sequence[
     held_out = np.zeros(len(labels), dtype=bool)
     held_out[np.concatenate(aside)] = True
     return torch.from_numpy(np.flatnonzero(~held_out)), torch.from_numpy(np.flatnonzero(held_out))
+
+
+def anchored(path: str) -> Path:
+    """Read a path of a configuration: relative ones count from the repository root, wherever the command runs."""
+    return ROOT / path
 
 
 def sha256(*parts: str | bytes | memoryview) -> str:

@@ -33,7 +33,7 @@ class BatchPlan(Sampler[Tensor], ABC):
         sizes: rows of each part of a whole batch; every rank takes its share of each part.
         even: whether all ranks must get equally many rows, as training with averaged gradients needs.
         epoch: what the order is drawn from, beside the seed.
-        first: index of the batch that the next iteration starts with, and that iteration only.
+        first: index of the batch that iterations start with.
     """
 
     sizes: tuple[int, ...]
@@ -63,8 +63,7 @@ class BatchPlan(Sampler[Tensor], ABC):
                     f"{size} rows of each training batch cannot be shared evenly by {world_size} processes: "
                     f"choose a total batch size (ID and outlier rows alike) that {world_size} divides"
                 )
-        first, self.first = self.first, 0
-        batches = list(zip(*self.parts(), strict=True))[first:]
+        batches = list(zip(*self.parts(), strict=True))[self.first :]
         return (torch.cat([rows[rank::world_size] for rows in batch]) for batch in batches)
 
 

@@ -17,17 +17,26 @@ def main(args: Sequence[str] | None = None) -> int:
     args = sys.argv[1:] if args is None else list(args)
     quieten()
     from experiments.cli import OODCLI
+    from experiments.errors import explain
     from experiments.verbs import VERBS
 
     try:
-        if args and args[0] in VERBS:
-            VERBS[args[0]](args[1:])
-        else:
+        verb = args[0] if args else "--help"
+        if verb in VERBS:
+            VERBS[verb](args[1:])
+        elif verb in OODCLI.subcommands():
             OODCLI(args)
+        elif verb in ("-h", "--help"):
+            print("fit, validate, test, predict: LightningCLI; `fit --help` lists the options")
+            for command in VERBS.values():
+                print((command.__doc__ or "").replace("``", "`"))
+        else:
+            known = ", ".join([*OODCLI.subcommands(), *VERBS])
+            raise ValueError(f"the first word says what to do: {known}; got {verb!r}")
     except (ValueError, OSError) as error:
         if "OOD_TRACEBACK" in os.environ:
             raise
-        sys.stderr.write(f"error: {error}\n(set OOD_TRACEBACK=1 for the traceback)\n")
+        sys.stderr.write(f"error: {explain(str(error))}\n(set OOD_TRACEBACK=1 for the traceback)\n")
         return 2
     return 0
 

@@ -1,8 +1,6 @@
 """``python -m experiments fit|validate|test|predict``: LightningCLI with run folders, exact resume and short errors."""
 
-import difflib
 import os
-import re
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,6 +17,7 @@ from callbacks.randomness import SeedSteps
 from callbacks.run_record import RunRecord, differences, prepare_folder
 from callbacks.tables import print_results
 from datamodules.datamodule import OODDataModule
+from experiments.errors import explain
 from lightning_modules.ood_module import OODModule
 
 EXPERIMENTS = ROOT / "experiments"
@@ -26,22 +25,19 @@ DEFAULTS = EXPERIMENTS / "_defaults.yaml"
 
 
 class Parser(LightningArgumentParser):
-    """LightningCLI's parser with an error of a few lines that names what would have been right."""
+    """LightningCLI's parser with short errors, and without argparse's guessing of abbreviated flags."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print the message, what is near to it, and exit with 2; nested parsers raise as before."""
+        """Print what was wrong and what would be right, and exit with 2; nested parsers raise as before."""
         if not self.exit_on_error:
             super().error(message, ex)
-        sys.stderr.write(f"error: {message.strip()}\n{self._suggestions(message)}")
+        parsers = [parser for action in self._actions for parser in getattr(action, "_name_parser_map", {}).values()]
+        keys = [action.dest for parser in parsers or [self] for action in parser._actions]
+        sys.stderr.write(f"error: {explain(message, keys)}\n")
         raise SystemExit(2)
 
-    def _suggestions(self, message: str) -> str:
-        unknown = re.search(r"(?:Key|Option|arguments:|Unrecognized.*?:) *['\"]?-*([\w.]+)", message)
-        if unknown is None:
-            return ""
-        valid = [action.dest for action in self._actions]
-        near = difflib.get_close_matches(unknown[1], valid, n=3, cutoff=0.5)
-        return f"did you mean {', '.join(near)}?\n" if near else f"valid keys: {', '.join(sorted(valid))}\n"
+    def _get_option_tuples(self, option_string: str) -> list[Any]:
+        return []  # allow_abbrev=False does not reach the parsers of the subcommands
 
 
 class OODCLI(LightningCLI):
@@ -59,7 +55,7 @@ class OODCLI(LightningCLI):
                 save_config_callback=None,
                 seed_everything_default=0,
                 parser_class=Parser,
-                parser_kwargs={name: dict(defaults) for name in self.subcommands()},
+                parser_kwargs={"prog": "ood", **{name: dict(defaults) for name in self.subcommands()}},
                 auto_configure_optimizers=False,
                 args=args,
             )

@@ -1,6 +1,9 @@
 """Verbs beside LightningCLI's own: each takes the rest of the command line."""
 
 import argparse
+import contextlib
+import io
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -48,8 +51,14 @@ def metrics(args: Sequence[str]) -> None:
 
 
 def completion(args: Sequence[str]) -> None:
-    """``completion bash|zsh|tcsh``: print shell completion of the command ``ood``."""
-    OODCLI([f"--print_shtab={args[0] if args else 'bash'}"])
+    """``completion [bash|zsh]``: print shell completion of the command ``ood``."""
+    # Not by shtab, which jsonargparse offers: it follows every class that could be nested, to 77 MB.
+    help_text = io.StringIO()
+    with contextlib.redirect_stdout(help_text), contextlib.suppress(SystemExit):
+        OODCLI(["fit", "--help"])
+    options = sorted(set(re.findall(r"--[a-z][\w.]+", help_text.getvalue())))
+    words = {"verbs": " ".join([*OODCLI.subcommands(), *VERBS]), "options": " ".join(options)}
+    print("autoload -U +X bashcompinit && bashcompinit\n" * (list(args) == ["zsh"]) + COMPLETION % words)
 
 
 def fit_and_test(args: Sequence[str], show_results: bool = True) -> Path:
@@ -58,6 +67,14 @@ def fit_and_test(args: Sequence[str], show_results: bool = True) -> Path:
     OODCLI(["test", "--config", str(folder / "config.yaml")], show_results)
     return folder
 
+
+COMPLETION = """_ood() {
+  local word=${COMP_WORDS[COMP_CWORD]}
+  if [ "$COMP_CWORD" -eq 1 ]; then COMPREPLY=($(compgen -W "%(verbs)s" -- "$word"))
+  elif [[ "$word" == -* ]]; then COMPREPLY=($(compgen -W "%(options)s" -- "$word"))
+  else COMPREPLY=($(compgen -f -- "$word")); fi
+}
+complete -o filenames -F _ood ood"""
 
 VERBS: dict[str, Callable[[Sequence[str]], None]] = {
     "run": run,

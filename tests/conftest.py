@@ -2,8 +2,10 @@ import os
 
 import pytest
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small work: threads would only get in each other's way
 os.environ["WANDB_MODE"] = "disabled"  # the wandb test turns it on for itself
 os.environ.setdefault("MPLBACKEND", "agg")
+os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"  # Lightning calls what jsonargparse has renamed
 
 
 @pytest.fixture

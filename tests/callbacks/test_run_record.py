@@ -35,7 +35,7 @@ def test_an_unfinished_run_without_a_checkpoint_starts_anew(tmp_path):
 
 def test_a_finished_run_is_refused_and_kept(tmp_path):
     write_run(tmp_path / "run", "finished")
-    with pytest.raises(FileExistsError, match="finished run.*--overwrite"):
+    with pytest.raises(FileExistsError, match=r"finished run.*--overwrite"):
         prepare_folder(tmp_path / "run", CONFIG, overwrite=False)
     assert (tmp_path / "run" / "last.ckpt").is_file()
 

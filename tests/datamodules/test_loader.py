@@ -83,5 +83,5 @@ def test_an_abandoned_epoch_leaves_no_trace(num_workers):
 
 
 def test_another_sampler_is_an_error():
-    with pytest.raises(ValueError, match=r"RandomSampler is not a plan .* use_distributed_sampler=False"):
+    with pytest.raises(ValueError, match=r"RandomSampler is not a plan .*use_distributed_sampler=False"):
         Loader(Squares(), sampler=RandomSampler(range(3)))

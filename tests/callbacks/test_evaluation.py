@@ -1,0 +1,239 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from pytorch_lightning import Trainer
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+from backbones.digits_net import DigitsNet
+from callbacks.compatibility import Compatibility
+from callbacks.evaluation import OODEvaluation
+from callbacks.samples import Samples
+from datamodules.datamodule import OODDataModule, OODSet, Sets
+from datamodules.images import ArrayImages
+from lightning_modules.classifier import Classifier
+from lightning_modules.scores.gaussian import GMMEnergy, Mahalanobis
+from lightning_modules.scores.knn import KNN
+from lightning_modules.scores.logits import MSP, Energy, MaxLogit
+from lightning_modules.scores.odin import ODIN
+from lightning_modules.scores.react import ReAct
+from lightning_modules.scores.score import Score
+
+OOD_SIZES = {"a": 31, "b": 17, "c": 1, "d": 20, "e": 8, "f": 40}
+TRAIN, TEST = 90, 50
+
+
+class Pixels(OODDataModule):
+    """Random images; the OOD sets are darker the later their name."""
+
+    def __init__(self, ood_sizes=OOD_SIZES, **kwargs):
+        super().__init__(batch_size=16, **({"mean": [0.5], "std": [0.5]} | kwargs))
+        self.ood_sizes = ood_sizes
+
+    def load(self):
+        generator = torch.Generator().manual_seed(0)
+
+        def images(size, ceiling=256):
+            pixels = torch.randint(0, ceiling, (size, 1, 8, 8), generator=generator, dtype=torch.uint8)
+            return ArrayImages(pixels, torch.arange(size) % 3, "random pixels")
+
+        ood = {
+            name: OODSet(images(size, 200 - 25 * index), "near" if index < 2 else "far")
+            for index, (name, size) in enumerate(self.ood_sizes.items())
+        }
+        return Sets(images(TRAIN), images(TEST), ood, None, ["x", "y", "z"])
+
+
+class TwoPass(Score):
+    """Counts what it sees in each pass."""
+
+    passes = 2
+
+    def __init__(self):
+        super().__init__()
+        self.seen = [0, 0]
+
+    def update(self, evidence, labels):
+        self.seen[int(self.finished)] += len(labels)
+
+    def forward(self, evidence):
+        return evidence.logits.sum(1)
+
+
+class Broken(Score):
+    """NaN for dark images."""
+
+    def forward(self, evidence):
+        return torch.where(evidence.logits[:, 0] > -1e9, torch.nan, 0.0)
+
+
+class WithOwnScore(Classifier):
+    def forward(self, images):
+        evidence = super().forward(images)
+        return evidence._replace(scores={"own": -images.mean((1, 2, 3))})
+
+
+def module(cls=Classifier, **kwargs):
+    torch.manual_seed(0)
+    backbone = DigitsNet(num_classes=3, **kwargs)
+    return cls(backbone, optimizer=lambda parameters: torch.optim.SGD(parameters, 0.1)).eval()
+
+
+def one_pass_scores():
+    scores = [MSP(), MaxLogit(), Energy(), Mahalanobis(), GMMEnergy(), KNN(k=5)]
+    return {type(score).__name__: score for score in scores}
+
+
+def evaluate(evaluation, model=None, data=None, **kwargs):
+    model, data = model or module(), data or Pixels()
+    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    trainer = Trainer(**options, inference_mode=False, callbacks=[Compatibility(), evaluation], **kwargs)
+    trainer.test(model, data, verbose=False)
+    return evaluation
+
+
+@pytest.fixture
+def count_images(monkeypatch):
+    seen = []
+    stem = DigitsNet.stem
+    monkeypatch.setattr(DigitsNet, "stem", lambda self, images: seen.append(len(images)) or stem(self, images))
+    return seen
+
+
+def test_six_scores_on_six_sets_take_one_forward_for_each_image(count_images):
+    evaluation = evaluate(OODEvaluation(one_pass_scores(), bootstrap=0, figures=False))
+    images = TRAIN + TEST + sum(OOD_SIZES.values())
+    assert sum(count_images) == images
+    assert evaluation.results["forwards"] == {"images": images, "one_pass": images}
+    assert len(evaluation.results["rows"]) == 6 * 6
+
+
+def test_a_gradient_score_declares_and_takes_two_more(count_images):
+    scored = TEST + sum(OOD_SIZES.values())
+    evaluation = evaluate(OODEvaluation({"msp": MSP(), "odin": ODIN()}, bootstrap=0, figures=False))
+    assert sum(count_images) == scored + 2 * scored
+    assert evaluation.results["forwards"] == {"images": scored, "one_pass": scored, "odin": 2 * scored}
+
+
+def test_fitted_scores_need_no_training_image(count_images):
+    evaluation = OODEvaluation(one_pass_scores(), bootstrap=0, figures=False)
+    first = evaluate(evaluation).results["rows"]
+    count_images.clear()
+    assert evaluate(evaluation).results["rows"] == first
+    assert sum(count_images) == TEST + sum(OOD_SIZES.values())
+
+
+def test_a_score_of_two_passes_sees_the_training_images_twice():
+    score = TwoPass()
+    evaluate(OODEvaluation({"two": score, "knn": KNN(k=5)}, bootstrap=0, figures=False))
+    assert score.seen == [TRAIN, TRAIN]
+
+
+def test_numbers_equal_scikit_learn_on_the_scores_of_the_record(tmp_path):
+    evaluation = evaluate(OODEvaluation(one_pass_scores(), bootstrap=50, folder=str(tmp_path)))
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["rows"] == evaluation.results["rows"]
+    with np.load(tmp_path / "scores.npz") as stored:
+        split = stored["splits"][stored["split"]]
+        for row in results["rows"]:
+            rows = (split == "id") | (split == row["ood_set"])
+            labels, values = stored["labels"][rows] < 0, stored[f"score/{row['score']}"][rows]
+            assert row["auroc"] == pytest.approx(roc_auc_score(labels, values), abs=1e-12)
+            assert row["aupr_out"] == pytest.approx(average_precision_score(labels, values), abs=1e-12)
+            assert row["aupr_in"] == pytest.approx(average_precision_score(~labels, -values), abs=1e-12)
+            assert row["auroc_low"] <= row["auroc"] <= row["auroc_high"]
+        accuracy = (stored["labels"] == stored["predictions"])[split == "id"].mean()
+    assert results["id_accuracy"] == pytest.approx(accuracy)
+    near = [row["fpr95"] for row in results["rows"] if row["score"] == "MSP" and row["group"] == "near"]
+    (mean,) = [mean for mean in results["means"] if mean["score"] == "MSP" and mean["group"] == "near"]
+    assert mean["sets"] == 2
+    assert mean["fpr95"] == pytest.approx(np.mean(near))
+    figures = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert figures == {"roc.png", *(f"histogram_{name}.png" for name in one_pass_scores())}
+
+
+def test_scores_do_not_depend_on_the_batch_or_on_what_else_is_scored():
+    alone = evaluate(OODEvaluation({"gmm": GMMEnergy()}, bootstrap=0, figures=False)).samples
+    among = evaluate(
+        OODEvaluation({"gmm": GMMEnergy(), "odin": ODIN(), "react": ReAct()}, bootstrap=0, figures=False),
+        data=Pixels(eval_batch_size=7),
+    ).samples
+    np.testing.assert_allclose(alone.scores["gmm"], among.scores["gmm"], rtol=1e-4)
+
+
+def test_the_methods_own_scores_join():
+    samples = evaluate(OODEvaluation({"msp": MSP()}, bootstrap=0, figures=False), module(WithOwnScore)).samples
+    assert set(samples.scores) == {"own", "msp"}
+    darker = samples.of("f").scores["own"].mean()
+    assert darker > samples.of("id").scores["own"].mean()
+
+
+def test_held_out_images_set_the_thresholds_and_are_no_test_images():
+    evaluation = evaluate(OODEvaluation({"msp": MSP()}, bootstrap=0, figures=False), data=Pixels(val_split=0.2))
+    held_out = evaluation.samples.of("calibration").scores["msp"]
+    assert len(held_out) == 18
+    accepted = (held_out <= evaluation.results["thresholds"]["msp"]).mean()
+    assert accepted >= 0.95
+    assert (held_out < evaluation.results["thresholds"]["msp"]).mean() < 0.95
+    assert {row["id_count"] for row in evaluation.results["rows"]} == {TEST}
+
+
+def test_nan_names_the_score_and_the_set():
+    with pytest.raises(ValueError, match=r"broken on a, ID: 50 of 50 scores are NaN"):
+        evaluate(OODEvaluation({"broken": Broken()}, bootstrap=0, figures=False))
+
+
+def test_a_truncated_evaluation_says_so():
+    whole = evaluate(OODEvaluation({"msp": MSP()}, bootstrap=0, figures=False), limit_test_batches=100)
+    cut = evaluate(OODEvaluation({"msp": MSP()}, bootstrap=0, figures=False), limit_test_batches=1)
+    assert not whole.results["truncated"]
+    assert cut.results["truncated"]
+    assert len(cut.samples.of("id").ids) == 16
+
+
+def test_the_record_names_checkpoint_splits_and_no_outliers(tmp_path):
+    results = evaluate(OODEvaluation({"msp": MSP()}, bootstrap=0, figures=False, folder=str(tmp_path))).results
+    assert results["checkpoint"] is None
+    assert results["outliers"] is None
+    assert results["splits"]["a"]["size"] == OOD_SIZES["a"]
+    assert len({split["fingerprint"] for split in results["splits"].values()}) == 2 + len(
+        OOD_SIZES
+    )  # fit is all of train
+    assert results["method"] == "Classifier"
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "message"),
+    [
+        ({"num_classes": 4}, {}, "DigitsNet has 4 classes, the ID data of Pixels 3"),
+        ({"input_shape": (1, 12, 12)}, {}, r"reads images of shape \(1, 12, 12\).*serves \(1, 8, 8\)"),
+        ({"input_shape": (3, 8, 8)}, {}, r"\(3, 8, 8\).*\(1, 8, 8\)"),
+        ({"mean": [0.5], "std": [0.5]}, {}, "normalised twice"),
+        ({}, {"mean": None, "std": None}, "nobody normalises"),
+    ],
+)
+def test_data_and_network_that_do_not_fit_are_told_apart_in_words(model, data, message):
+    torch.manual_seed(0)
+    network = DigitsNet(**({"num_classes": 3} | model))
+    classifier = Classifier(network, optimizer=lambda parameters: torch.optim.SGD(parameters, 0.1))
+    with pytest.raises(ValueError, match=message):
+        evaluate(OODEvaluation({"msp": MSP()}, bootstrap=0), classifier, Pixels(**data))
+
+
+def test_an_unknown_preset_lists_the_known():
+    with pytest.raises(ValueError, match="openood"):
+        OODEvaluation({"msp": MSP()}, rules="openod")
+
+
+def test_samples_survive_the_file_and_a_damaged_file_is_named(tmp_path):
+    samples = evaluate(OODEvaluation({"msp": MSP()}, bootstrap=0, figures=False)).samples
+    samples.save(tmp_path / "scores.npz")
+    loaded = Samples.load(tmp_path / "scores.npz")
+    assert loaded.splits == samples.splits
+    np.testing.assert_array_equal(loaded.scores["msp"], samples.scores["msp"])
+    (tmp_path / "scores.npz").write_bytes((tmp_path / "scores.npz").read_bytes()[:200])
+    with pytest.raises(ValueError, match=r"scores\.npz is not a readable"):
+        Samples.load(tmp_path / "scores.npz")
+    with pytest.raises(ValueError, match="no split 'zz' here; there are id, a"):
+        samples.of("zz")
