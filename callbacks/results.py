@@ -65,7 +65,8 @@ def summarize(
     thresholds = {}
     if "calibration" in samples.splits:
         held_out = samples.of("calibration")
-        thresholds = {name: threshold_at_tpr(values) for name, values in held_out.scores.items()}
+        quantiles = {name: threshold_at_tpr(values) for name, values in held_out.scores.items()}
+        thresholds = {name: value for name, value in quantiles.items() if np.isfinite(value)}  # JSON has no infinity
     return {
         "metric_rules": {**asdict(rules), "bootstrap_replicates": replicates, "confidence": confidence},
         "id_accuracy": float(correct.mean()),

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
 from callbacks.provenance import git_revision, hardware, package_versions
@@ -43,6 +44,9 @@ class RunRecord(Callback):
         for name in ("", "pytorch_lightning"):  # Lightning's logger does not propagate
             logging.getLogger(name).addHandler(self._handler)
         log.info("%s started in %s", stage, self.folder)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):  # the CSV logger would write a second configuration file
+                logger.log_hyperparams(yaml.safe_load(self.config))
         if stage == "fit":
             self._write(status="running", started=_now(), git_revision=git_revision(), packages=package_versions())
 
@@ -51,9 +55,6 @@ class RunRecord(Callback):
         """Note the hardware and where training starts."""
         device = hardware(pl_module.device)
         self._write(hardware=device, processes=trainer.world_size, first_epoch=trainer.current_epoch)
-        for logger in trainer.loggers:
-            if hasattr(logger, "log_table"):  # wandb; Lightning's CSV logger would write a second configuration file
-                logger.log_hyperparams(yaml.safe_load(self.config))
 
     @rank_zero_only
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -98,8 +98,10 @@ class OODCLI(LightningCLI):
         self.folder = CHECKPOINTS / settings.experiment / settings.name
         settings.evaluation.folder = str(self.folder)
         settings.trainer.default_root_dir = str(self.folder)
-        for logger in settings.trainer.logger or []:
-            logger.init_args.save_dir = str(self.folder)
+        loggers = settings.trainer.logger
+        for logger in loggers if isinstance(loggers, list) else [loggers]:
+            if logger and "save_dir" in logger.init_args:
+                logger.init_args.save_dir = str(self.folder)
         self.resume: Path | None = None
         if self.subcommand == "fit":
             self.resume = prepare_folder(self.folder, self.record, settings.overwrite)

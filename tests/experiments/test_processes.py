@@ -69,31 +69,33 @@ def write_experiment(folder):
     (folder / "many.yaml").write_text(yaml.safe_dump(config))
 
 
-def run(folder, processes):
-    callback = {"class_path": "savestate.SaveState", "init_args": {"path": str(folder / f"state{processes}.pt")}}
+def run(folder, processes, precision):
+    name = f"p{processes}_{precision}"
+    callback = {"class_path": "savestate.SaveState", "init_args": {"path": str(folder / f"{name}.pt")}}
     command = [sys.executable, "-m", "experiments", "test", "--config", str(folder / "many.yaml")]
-    command += ["--experiment", "tests/many", "--name", f"p{processes}", "--trainer.devices", str(processes)]
-    command += ["--trainer.callbacks+", json.dumps(callback)]
+    command += ["--experiment", "tests/many", "--name", name, "--trainer.devices", str(processes)]
+    command += ["--trainer.callbacks+", json.dumps(callback), "--trainer.precision", precision]
     env = os.environ | {"OOD_CHECKPOINTS": str(folder), "OMP_NUM_THREADS": "1", "OOD_TRACEBACK": "1"}
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(folder)])
-    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    run_folder = folder / "tests" / "many" / name
+    with np.load(run_folder / "scores.npz") as stored:
+        samples = {key: stored[key] for key in stored.files}
+    results = json.loads((run_folder / "results.json").read_text())
+    return results, samples, torch.load(folder / f"{name}.pt", weights_only=True)
 
 
 @pytest.fixture(scope="module")
-def records(tmp_path_factory):
+def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
     write_experiment(folder)
-    found = {}
-    for processes in (1, 2, 3):
-        job = run(folder, processes)
-        output, _ = job.communicate(timeout=240)
-        assert job.returncode == 0, output[-4000:]
-        run_folder = folder / "tests" / "many" / f"p{processes}"
-        results = json.loads((run_folder / "results.json").read_text())
-        with np.load(run_folder / "scores.npz") as stored:
-            samples = {name: stored[name] for name in stored.files}
-        found[processes] = results, samples, torch.load(folder / f"state{processes}.pt", weights_only=True)
-    return found
+    return folder
+
+
+@pytest.fixture(scope="module")
+def records(folder):
+    return {processes: run(folder, processes, "32-true") for processes in (1, 2, 3)}
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
@@ -124,11 +126,13 @@ def test_scores_and_metrics_equal_those_of_one_process(records, processes):
     assert results_n["splits"] == results_1["splits"]
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-def test_fitted_statistics_equal_those_of_one_process(records, processes):
-    for name, state in records[1][2].items():
-        for key, value in state.items():
-            other = records[processes][2][name][key]
-            if key == "bank":  # a set of rows: every order gives the same neighbours
-                value, other = value[value[:, 0].argsort()], other[other[:, 0].argsort()]
-            torch.testing.assert_close(other.double(), value.double(), rtol=1e-9, atol=1e-9, msg=f"{name}.{key}")
+def test_fitted_statistics_equal_those_of_one_process(folder):
+    # In float64, so that what is compared is the reduction and not the rounding of the network.
+    states = {processes: run(folder, processes, "64-true")[2] for processes in (1, 2, 3)}
+    for processes in (2, 3):
+        for name, state in states[1].items():
+            for key, value in state.items():
+                other = states[processes][name][key]
+                if key == "bank":  # a set of rows: every order gives the same neighbours
+                    value, other = value[value[:, 0].argsort()], other[other[:, 0].argsort()]
+                np.testing.assert_allclose(other, value, rtol=1e-9, atol=1e-12, err_msg=f"{name}.{key}")
