@@ -127,13 +127,14 @@ def run_bare(network: Backbone, images: dict[str, Tensor]) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence what Lightning says about devices and workers."""
+    """Silence what Lightning says about devices, workers and what it uses of torch."""
     logger = logging.getLogger("pytorch_lightning")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*does not have many workers.*")
+            for expected in ("LeafSpec", "modules in eval mode", "does not have many workers"):
+                warnings.filterwarnings("ignore", f".*{expected}")
             yield
     finally:
         logger.setLevel(level)

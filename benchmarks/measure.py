@@ -36,7 +36,9 @@ def environment() -> str:
             packages.append(f"{name} {version(name)}")
         except PackageNotFoundError:
             packages.append(f"no {name}")
-    return ", ".join([_processor(), f"{torch.get_num_threads()} threads", f"Python {platform.python_version()}", *packages])
+    return ", ".join(
+        [_processor(), f"{torch.get_num_threads()} threads", f"Python {platform.python_version()}", *packages]
+    )
 
 
 def _processor() -> str:

@@ -198,6 +198,7 @@ def test_a_missing_file_is_named(tmp_path):
 @pytest.fixture
 def root(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(weights, "ROOT", tmp_path)
+    monkeypatch.setattr(weights, "CHECKPOINTS", tmp_path / "checkpoints")
     return tmp_path
 
 
