@@ -43,7 +43,7 @@ def run(quick: bool) -> None:
             torch.testing.assert_close(scores, peer.predict_features(features), rtol=1e-4, atol=0)
             contenders["pytorch-ood"] = partial(peer.predict_features, features)
         contenders["scikit-learn"] = partial(tied.score_samples, double)
-        seconds = interleave(contenders, repetitions=2 if quick else 7)
+        seconds = interleave(contenders, repetitions=2 if quick else 9)
         targets = {"pytorch-ood": None, "scikit-learn": None}
         rows += timing_rows(f"B={number}", seconds, 1.5, targets, judge=not quick)
     print("  same values: ours, scikit-learn" + (", pytorch-ood" if has_peer() else ""))

@@ -43,14 +43,14 @@ def run(quick: bool) -> None:
             np.testing.assert_allclose(distances, peer.predict_features(features), rtol=1e-5)
             contenders["pytorch-ood"] = partial(peer.predict_features, features)
         contenders["scikit-learn"] = partial(sklearn.kneighbors, normalized.numpy())
-        seconds = interleave(contenders, repetitions=2 if quick else 7)
+        seconds = interleave(contenders, repetitions=2 if quick else 9)
         targets = {"pytorch-ood": None, "scikit-learn": None}
         rows += timing_rows(f"Q={size}", seconds, 1.2, targets, judge=not quick)
     print("  same values: ours (square root), scikit-learn" + (", pytorch-ood" if has_peer() else ""))
     print_table(COLUMNS, rows)
     memory = []
     batch = evidence(features, 1)
-    for rows_kept in (number // 4, number, 4 * number):
+    for rows_kept in (number, 2 * number, 4 * number):
         score = fitted(torch.randn(rows_kept, width, generator=generator), neighbour)
         peak = peak_growth(partial(score, batch))
         memory.append((f"N={rows_kept}", mebibytes(score.bank.nbytes), mebibytes(peak)))

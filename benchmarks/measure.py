@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import os
 import platform
 import statistics
 import sys
@@ -17,7 +18,7 @@ import torch
 from threadpoolctl import threadpool_limits
 
 PROC = Path("/proc/self")
-LEAST = 0.05  # seconds: shorter calls are repeated within one measurement until it takes that long
+LEAST = 0.02  # seconds: shorter calls are repeated within one measurement until it takes that long
 COLUMNS = ("case", "ours", "limit", "ours / limit", "target", "peer", "peer takes", "peer / ours", "target")
 
 Seconds = dict[str, list[float]]  # contender -> duration of one call, one entry for each repetition
@@ -29,16 +30,17 @@ def has_peer() -> bool:
 
 
 def environment() -> str:
-    """Name processor, threads and packages in one line."""
+    """Name processor, load of the last minute, threads and packages in one line."""
     packages = []
     for name in ("torch", "scikit-learn", "pytorch-ood"):
         try:
             packages.append(f"{name} {version(name)}")
         except PackageNotFoundError:
             packages.append(f"no {name}")
-    return ", ".join(
-        [_processor(), f"{torch.get_num_threads()} threads", f"Python {platform.python_version()}", *packages]
-    )
+    threads = f"{torch.get_num_threads()} threads on {os.cpu_count()} cores"
+    if hasattr(os, "getloadavg"):
+        threads += f" of load {os.getloadavg()[0]:.1f}"
+    return ", ".join([_processor(), threads, f"Python {platform.python_version()}", *packages])
 
 
 def _processor() -> str:
@@ -65,6 +67,7 @@ def interleave(contenders: Mapping[str, Callable[[], Any]], repetitions: int) ->
 
     One call of each goes before, to warm up and to see how many calls fill a measurement.
     """
+    gc.collect()
     calls = {name: max(1, round(LEAST / _seconds(call, 1))) for name, call in contenders.items()}
     seconds: Seconds = {name: [] for name in contenders}
     for _ in range(repetitions):
@@ -74,7 +77,6 @@ def interleave(contenders: Mapping[str, Callable[[], Any]], repetitions: int) ->
 
 
 def _seconds(call: Callable[[], Any], calls: int) -> float:
-    gc.collect()
     start = time.perf_counter()
     for _ in range(calls):
         call()

@@ -23,8 +23,9 @@ from datamodules.datamodule import OODDataModule
 from lightning_modules.distributed import gather_rows, sum_over_processes
 from lightning_modules.evidence import Evidence
 from lightning_modules.ood_module import OODModule
-from lightning_modules.scores.score import InputScore, Score
+from lightning_modules.scores.score import InputScore, Score, widen
 
+FIT_LOADERS = ("fit", "fit_2")
 Row = tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]  # ids, labels, predictions, name -> score; each (B,)
 
 
@@ -88,7 +89,7 @@ class OODEvaluation(Callback):
         images, labels, ids = batch
         self._images += len(images)
         loader = _loader_names(trainer)[dataloader_idx]
-        if loader.startswith("fit"):
+        if loader in FIT_LOADERS:
             last = batch_idx + 1 == trainer.num_test_batches[dataloader_idx]
             for score in self.scores.values():
                 if not score.fitted:
@@ -100,8 +101,11 @@ class OODEvaluation(Callback):
             name: score(pl_module, images) if isinstance(score, InputScore) else score(outputs)
             for name, score in self.scores.items()
         }
-        row = (ids, labels, outputs.logits.argmax(1), outputs.scores | scores)
-        self._rows[loader].append(row)
+        if taken := outputs.scores.keys() & scores.keys():
+            raise ValueError(
+                f"{type(pl_module).__name__} itself yields {', '.join(taken)}: rename those of the evaluation"
+            )
+        self._rows[loader].append((ids, labels, outputs.logits.argmax(1), outputs.scores | scores))
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gather, compute, write, log."""
@@ -121,19 +125,20 @@ class OODEvaluation(Callback):
             **summarize(samples, data.groups, self.rules, self.bootstrap),
         }
         self.results["metric_rules"]["preset"] = self.rules_name
-        self._log(trainer, self._draw(samples, data, module))
         if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
             samples.save(self.folder / "scores.npz")
             write_results(self.folder, self.results)
             rank_zero_info(f"results: {self.folder / 'results.json'}")
+        self._log(trainer, self._draw(samples, data, module))
 
     def _gather(self, trainer: Trainer) -> Samples:
         """Join the rows of all processes: each id exactly once, in order."""
         parts: list[dict[str, np.ndarray]] = []
-        splits = [name for name in _loader_names(trainer) if not name.startswith("fit")]
+        splits = [name for name in _loader_names(trainer) if name not in FIT_LOADERS]
         for index, split in enumerate(splits):
             ids, labels, predictions, scores = zip(*self._rows[split], strict=True)
-            named = {name: torch.cat([batch[name] for batch in scores]) for name in scores[0]}
+            named = {name: widen(torch.cat([batch[name] for batch in scores])) for name in scores[0]}
             stacked = {
                 "ids": torch.cat(ids),
                 "labels": torch.cat(labels),

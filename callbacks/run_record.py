@@ -52,7 +52,8 @@ class RunRecord(Callback):
 
     @rank_zero_only
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note the hardware and where training starts."""
+        """Note the hardware and where training starts; from here on an overwritten run is gone."""
+        shutil.rmtree(replaced(self.folder), ignore_errors=True)
         device = hardware(pl_module.device)
         self._write(hardware=device, processes=trainer.world_size, first_epoch=trainer.current_epoch)
 
@@ -93,6 +94,9 @@ class RunRecord(Callback):
 def prepare_folder(folder: Path, config: str, overwrite: bool) -> Path | None:
     """Decide how ``fit`` treats a run folder.
 
+    With ``overwrite`` an old run moves aside; it is deleted when the new one starts to train, and
+    ``restore_folder`` brings it back where that never happens.
+
     Returns:
         The checkpoint to continue from, None to start anew.
 
@@ -100,8 +104,9 @@ def prepare_folder(folder: Path, config: str, overwrite: bool) -> Path | None:
         FileExistsError: the folder holds a finished run, or an unfinished one of another configuration.
     """
     if overwrite:
-        if getattr(rank_zero_only, "rank", 0) == 0:
-            shutil.rmtree(folder, ignore_errors=True)
+        if getattr(rank_zero_only, "rank", 0) == 0 and folder.exists():
+            shutil.rmtree(replaced(folder), ignore_errors=True)
+            folder.rename(replaced(folder))
         return None
     if not (folder / "config.yaml").is_file():
         return None
@@ -113,6 +118,18 @@ def prepare_folder(folder: Path, config: str, overwrite: bool) -> Path | None:
         raise FileExistsError(f"{folder} holds an unfinished run of another configuration: {way_out}\n{changed}")
     last = folder / "last.ckpt"
     return last if last.is_file() else None
+
+
+def replaced(folder: Path) -> Path:
+    """Where a run waits while the one that overwrites it starts."""
+    return folder.with_name(f"{folder.name}.replaced")
+
+
+def restore_folder(folder: Path) -> None:
+    """Bring back a run that was to be overwritten by one that did not start; otherwise do nothing."""
+    if replaced(folder).exists() and getattr(rank_zero_only, "rank", 0) == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+        replaced(folder).rename(folder)
 
 
 def run_status(folder: Path) -> str | None:

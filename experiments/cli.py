@@ -1,6 +1,7 @@
 """``python -m experiments fit|validate|test|predict``: LightningCLI with run folders, exact resume and short errors."""
 
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,7 +15,7 @@ from backbones.weights import CHECKPOINTS, ROOT
 from callbacks.compatibility import Compatibility
 from callbacks.evaluation import OODEvaluation
 from callbacks.randomness import SeedSteps
-from callbacks.run_record import RunRecord, differences, prepare_folder
+from callbacks.run_record import RunRecord, differences, prepare_folder, restore_folder
 from callbacks.tables import print_results
 from datamodules.datamodule import OODDataModule
 from experiments.errors import explain
@@ -59,6 +60,10 @@ class OODCLI(LightningCLI):
                 auto_configure_optimizers=False,
                 args=args,
             )
+        except BaseException:
+            if hasattr(self, "folder"):
+                restore_folder(self.folder)
+            raise
         finally:
             if "wandb" in sys.modules:  # else the next command in this process would write into the same wandb run
                 sys.modules["wandb"].finish()
@@ -94,6 +99,12 @@ class OODCLI(LightningCLI):
         if settings.trainer.get("fast_dev_run"):
             settings.name, settings.overwrite = "fast_dev_run", True
         settings.name = settings.name or f"seed{settings.seed_everything}"
+        word = r"\w[\w.-]*"
+        if not re.fullmatch(f"{word}/{word}", settings.experiment) or not re.fullmatch(word, settings.name):
+            raise ValueError(
+                "an experiment is called <method>/<setting> and a run by one word, of letters, digits, _ . and -; "
+                f"these are {settings.experiment!r} and {settings.name!r}"
+            )
         self.record = self.config_yaml()  # before any path of this machine enters
         self.folder = CHECKPOINTS / settings.experiment / settings.name
         settings.evaluation.folder = str(self.folder)

@@ -1,7 +1,9 @@
 import json
 import logging
+from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from pytorch_lightning import Trainer
 
@@ -50,6 +52,14 @@ def test_overwrite_discards_the_run(tmp_path):
     write_run(tmp_path / "run", "finished")
     assert prepare_folder(tmp_path / "run", CONFIG, overwrite=True) is None
     assert not (tmp_path / "run").exists()
+    trainer = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu", default_root_dir=tmp_path)
+    record = RunRecord(tmp_path / "run", CONFIG)
+    record.setup(trainer, None, "fit")
+    assert (tmp_path / "run.replaced" / "last.ckpt").is_file()
+    record.on_train_start(trainer, SimpleNamespace(device=torch.device("cpu")))
+    record.teardown(trainer, None, "fit")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert not (tmp_path / "run" / "last.ckpt").exists()
 
 
 def test_differences_name_added_removed_and_changed_keys():

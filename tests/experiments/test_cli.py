@@ -81,6 +81,23 @@ def test_a_finished_run_is_refused_then_overwritten_on_request(finished, capsys)
     assert not (finished / "results.json").exists()
 
 
+def test_a_run_is_not_lost_to_one_that_cannot_start(finished):
+    before = {path.name for path in finished.iterdir()}
+    overwrite = ["fit", "--config", DIGITS, *QUICK, "--overwrite", "true"]
+    assert main([*overwrite, "--data.init_args.batch_size", "100000"]) == 2
+    assert main([*overwrite, "--model.init_args.backbone.init_args.num_classes", "7"]) == 2
+    assert main([*overwrite, "--model.init_args.backbone.init_args.weights", "no.pt"]) == 2
+    assert {path.name for path in finished.iterdir()} == before
+    assert [path.name for path in finished.parent.iterdir()] == ["seed0"]
+
+
+@pytest.mark.parametrize("name", ["a/b", "../elsewhere", ".."])
+def test_a_name_that_leaves_the_run_folders_is_refused(checkpoints, capsys, name):
+    code = main(["fit", "--config", DIGITS, *QUICK, "--name", name])
+    assert code == 2
+    assert "one word" in capsys.readouterr().err
+
+
 def test_an_unfinished_run_continues_and_refuses_another_configuration(checkpoints, capsys):
     folder = checkpoints / "classifier" / "digits" / "seed0"
     assert main(["fit", "--config", DIGITS, *QUICK]) == 0

@@ -1,0 +1,94 @@
+import importlib.util
+import re
+
+import pytest
+import torch
+
+from benchmarks.__main__ import NAMES, main
+from benchmarks.job import SIZES
+from benchmarks.measure import interleave, peak_growth, print_table, ratio, timing_rows
+
+HAS_PEER = importlib.util.find_spec("pytorch_ood") is not None
+
+
+@pytest.fixture
+def run(capsys):
+    """Run in as many threads as the tests have, return what was printed."""
+
+    def _run(*args):
+        main([*args, "--quick", "--threads", str(torch.get_num_threads())])
+        return capsys.readouterr().out
+
+    return _run
+
+
+@pytest.fixture
+def no_peer(monkeypatch):
+    for module in ("__main__", *NAMES, "features"):
+        monkeypatch.setattr(f"benchmarks.{module}.has_peer", lambda: False)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_runs_without_the_peer_and_says_so(name, run, no_peer):
+    printed = run(name)
+    assert f"{name}: " in printed
+    assert "pytorch-ood is not installed" in printed
+    assert not [other for other in NAMES if other != name and f"\n{other}: " in printed]
+
+
+@pytest.mark.skipif(not HAS_PEER, reason="pytorch-ood is not installed")
+@pytest.mark.parametrize("name", NAMES)
+def test_runs_beside_the_peer_and_finds_the_same(name, run):
+    printed = run(name)
+    assert "not installed" not in printed
+    assert name == "forwards" or "same values" in printed
+
+
+def test_forwards_are_the_images_of_the_job(run, no_peer):
+    images = sum(round(size / 500) for size in SIZES.values())
+    assert re.search(rf"ours +{images} +{images} +1 += limit: met", run("forwards"))
+
+
+def test_help_lists_every_benchmark(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    printed = capsys.readouterr().out
+    assert all(re.search(rf"^  {name} +\w+", printed, re.MULTILINE) for name in NAMES)
+
+
+def test_an_unknown_name_lists_the_known(capsys):
+    with pytest.raises(SystemExit):
+        main(["knnn"])
+    assert f"no benchmark knnn; there are {', '.join(NAMES)}" in capsys.readouterr().err
+
+
+def test_contenders_take_turns_after_one_call_each(monkeypatch):
+    monkeypatch.setattr("benchmarks.measure.LEAST", 0)
+    order = []
+    seconds = interleave({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, repetitions=3)
+    assert "".join(order) == "ab" + 3 * "ab"
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3}
+
+
+def test_ratios_are_taken_pair_by_pair():
+    assert ratio([1.0, 20.0, 3.0], [1.0, 10.0, 1.0]) == (2.0, 1.0, 3.0)
+
+
+def test_a_missed_target_is_called_missed():
+    seconds = {"limit": [1.0], "ours": [1.4], "slow": [70.0], "quick": [1.4]}
+    rows = timing_rows("case", seconds, 1.3, {"slow": 50, "quick": 2, "absent": 2}, judge=True)
+    assert rows[0][4] == "<= 1.3: MISSED"
+    assert [row[-1] for row in rows] == [">= 50: met", ">= 2: MISSED", ""]
+    assert rows[2][6] == "not installed"
+    assert "not judged" in timing_rows("case", seconds, 1.3, {"slow": 50}, judge=False)[0][4]
+
+
+def test_peak_growth_sees_memory_that_is_freed_again():
+    growth = peak_growth(lambda: torch.ones(2**24).sum())
+    # the kernel adds pages up in batches on each CPU, so that it may know of a few hundred KiB too little
+    assert growth is None or 0.98 * 2**26 < growth < 2**27
+
+
+def test_columns_align(capsys):
+    print_table(("a", "b"), [("long", "x"), ("s", "y")])
+    assert len({line.find(last) for line, last in zip(capsys.readouterr().out.splitlines(), "b-xy", strict=True)}) == 2
