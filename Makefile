@@ -23,6 +23,7 @@ $(TARGETS): .venv/installed
 	@for seed in $(SEEDS); do \
 		$(RUN) run --config experiments/$(subst -,/,$@).yaml --seed_everything $$seed $(ARGS) || exit 1; \
 	done
+	@$(if $(word 2,$(SEEDS)),$(RUN) metrics $(foreach seed,$(SEEDS),$(or $(OOD_CHECKPOINTS),checkpoints)/$(subst -,/,$@)/seed$(seed)))
 
 test: .venv/installed ## run the tests
 	.venv/bin/python -m pytest $(ARGS)
@@ -42,8 +43,8 @@ format: .venv/installed ## let ruff format and mend
 bench: .venv/installed-bench ## measure ours against peers and physical limits, side by side
 	.venv/bin/python -m benchmarks $(ARGS)
 
-completion: .venv/installed ## print shell completion of the command `ood`: source <(make -s completion)
-	@$(RUN) completion $(or $(notdir $(SHELL)),bash)
+completion: .venv/installed ## print shell completion of the command `ood`: source <(make -s completion), or ARGS=zsh
+	@$(RUN) completion $(ARGS)
 
 clean: ## remove the virtual environment and caches; runs and data stay
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache *.egg-info

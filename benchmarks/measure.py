@@ -37,7 +37,7 @@ def environment() -> str:
             packages.append(f"{name} {version(name)}")
         except PackageNotFoundError:
             packages.append(f"no {name}")
-    threads = f"{torch.get_num_threads()} threads on {os.cpu_count()} cores"
+    threads = f"threads: {torch.get_num_threads()} on {os.cpu_count()} cores"
     if hasattr(os, "getloadavg"):
         threads += f" of load {os.getloadavg()[0]:.1f}"
     return ", ".join([_processor(), threads, f"Python {platform.python_version()}", *packages])

@@ -1,5 +1,7 @@
 """The one evaluation path: every image once through the network, whatever the number of scores and OOD sets."""
 
+import re
+import shutil
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -52,28 +54,33 @@ class OODEvaluation(Callback):
         figures: bool = True,
         folder: str | None = None,
     ) -> None:
+        for name in scores:
+            if not re.fullmatch(r"[\w.+-]+", name):  # it becomes the name of a figure and a part of log keys
+                raise ValueError(f"a score is called by letters, digits, _ . + and -, not {name!r}")
         self.scores, self.bootstrap, self.figures = scores, bootstrap, figures
         self.rules_name, self.rules = rules, metric_rules(rules)
         self.folder = None if folder is None else Path(folder)
+        self.configuration: dict[str, Any] = {}  # what the command line was asked for; goes into the record
         self.results: dict[str, Any] = {}
         self.samples: Samples | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Bind the scores, ask the method for their taps, and the data module for the passes they need."""
+        """Ask the method for the taps of the scores, and the data module for the passes they need."""
         if stage != "test":
             return
         module, data = _parts(trainer, pl_module)
         for score in self.scores.values():
-            score.bind(module.backbone)
             module.taps |= score.taps
         data.fit_passes = max((score.passes - int(score.finished) for score in self.scores.values()), default=0)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start with nothing."""
+        """Start with nothing; bind the scores to the network, which holds the checkpoint only now."""
+        module, _ = _parts(trainer, pl_module)
         self._rows: dict[str, list[Row]] = defaultdict(list)
         self._images = 0
         self._started = time.perf_counter()
         for score in self.scores.values():
+            score.bind(module.backbone)
             score.to(pl_module.device, torch.float64 if pl_module.dtype == torch.float64 else None)
 
     def on_test_batch_end(
@@ -88,14 +95,17 @@ class OODEvaluation(Callback):
         """Fit on, or score, the evidence of one batch."""
         images, labels, ids = batch
         self._images += len(images)
-        loader = _loader_names(trainer)[dataloader_idx]
+        loader = list(_loaders(trainer))[dataloader_idx]
         if loader in FIT_LOADERS:
             last = batch_idx + 1 == trainer.num_test_batches[dataloader_idx]
-            for score in self.scores.values():
+            for name, score in self.scores.items():
                 if not score.fitted:
-                    score.update(outputs, labels)
-                    if last:
-                        score.finalize()
+                    try:
+                        score.update(outputs, labels)
+                        if last:
+                            score.finalize()
+                    except ValueError as error:
+                        raise ValueError(f"fitting {name} on the ID training images: {error}") from error
             return
         scores = {
             name: score(pl_module, images) if isinstance(score, InputScore) else score(outputs)
@@ -119,10 +129,11 @@ class OODEvaluation(Callback):
         scored = len(samples.ids)
         self.results = {
             **self._identity(trainer, module, data),
-            "truncated": sum(trainer.num_test_batches) < sum(len(loader) for loader in data.test_dataloader().values()),
-            "forwards": {"images": images, "one_pass": images, **{name: n * scored for name, n in extra.items()}},
+            "truncated": sum(trainer.num_test_batches) < sum(map(len, _loaders(trainer).values())),
+            "forwards": {"images": images, **{name: n * scored for name, n in extra.items()}},
             "seconds": round(time.perf_counter() - self._started, 3),
-            **summarize(samples, data.groups, self.rules, self.bootstrap),
+            **summarize(samples, data.groups, self.rules, data.num_classes, self.bootstrap),
+            "configuration": self.configuration,
         }
         self.results["metric_rules"]["preset"] = self.rules_name
         if self.folder is not None:
@@ -135,7 +146,7 @@ class OODEvaluation(Callback):
     def _gather(self, trainer: Trainer) -> Samples:
         """Join the rows of all processes: each id exactly once, in order."""
         parts: list[dict[str, np.ndarray]] = []
-        splits = [name for name in _loader_names(trainer) if name not in FIT_LOADERS]
+        splits = [name for name in _loaders(trainer) if name not in FIT_LOADERS]
         for index, split in enumerate(splits):
             ids, labels, predictions, scores = zip(*self._rows[split], strict=True)
             named = {name: widen(torch.cat([batch[name] for batch in scores])) for name in scores[0]}
@@ -173,6 +184,7 @@ class OODEvaluation(Callback):
             "name": names[2],
             "method": type(module).__name__,
             "seed": data.seed,
+            "num_classes": data.num_classes,
             "checkpoint": None if checkpoint is None else Path(checkpoint).name,
             "epoch": epoch,
             "git_revision": git_revision(),
@@ -194,7 +206,8 @@ class OODEvaluation(Callback):
             figures |= {f"histogram_{name}": histogram_figure(samples, name) for name in samples.scores}
         if self.folder is None:
             return dict(figures)
-        (self.folder / "figures").mkdir(exist_ok=True)
+        shutil.rmtree(self.folder / "figures", ignore_errors=True)  # of other scores, perhaps
+        (self.folder / "figures").mkdir()
         paths = {name: str(self.folder / "figures" / f"{name}.png") for name in figures}
         for name, figure in figures.items():
             figure.savefig(paths[name], dpi=110)
@@ -224,5 +237,5 @@ def _parts(trainer: Trainer, pl_module: LightningModule) -> tuple[OODModule, OOD
     return pl_module, data
 
 
-def _loader_names(trainer: Trainer) -> list[str]:
-    return list(trainer.test_dataloaders)  # type: ignore[arg-type]
+def _loaders(trainer: Trainer) -> dict[str, Any]:
+    return trainer.test_dataloaders  # type: ignore[return-value]

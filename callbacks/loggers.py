@@ -18,6 +18,11 @@ class MetricsCSV(CSVLogger):
     def __init__(self, save_dir: str | None = None) -> None:
         super().__init__(save_dir or ".", name="", version="")
 
+    def forget(self, step: int) -> None:
+        """Drop the rows from ``step`` on: a run that continues there writes them again."""
+        writer = self.experiment
+        writer.metrics = [row for row in writer.metrics if int(row["step"]) < step]
+
     @property
     def experiment(self) -> ExperimentWriter:
         """The writer, holding the rows of an earlier start of the same run."""

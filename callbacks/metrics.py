@@ -118,13 +118,13 @@ def detection_accuracy(ranking: Ranking) -> float:
     return float((hits / hits[-1] + 1 - misses / misses[-1]).max() / 2)
 
 
-def threshold_at_tpr(id_scores: ArrayLike | Tensor, tpr: float = 0.95) -> float:
+def threshold_at_tpr(id_scores: ArrayLike | Tensor, tpr: float = 0.95, *, name: str = "threshold") -> float:
     """Return the smallest tau that accepts at least a share ``tpr`` of the (N,) ID scores.
 
     >>> threshold_at_tpr(range(100))
     94.0
     """
-    known = np.sort(_scores(id_scores, "threshold, ID"))
+    known = np.sort(_scores(id_scores, f"{name}, ID"))
     return float(known[ceil(_share(tpr) * len(known)) - 1])
 
 

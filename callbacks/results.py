@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from callbacks.bootstrap import bootstrap
-from callbacks.metrics import MetricRules, cauroc, detection_accuracy, headline, oscr, rank, threshold_at_tpr
+from callbacks.metrics import MetricRules, cauroc, detection_accuracy, headline, macro_f1, oscr, rank, threshold_at_tpr
 from callbacks.samples import Samples
 
 SCHEMA_VERSION = 1
@@ -21,7 +21,12 @@ HEADLINE = ("auroc", "aupr_in", "aupr_out", "fpr95")
 
 
 def summarize(
-    samples: Samples, groups: Mapping[str, str], rules: MetricRules, replicates: int = 1000, confidence: float = 0.95
+    samples: Samples,
+    groups: Mapping[str, str],
+    rules: MetricRules,
+    num_classes: int,
+    replicates: int = 1000,
+    confidence: float = 0.95,
 ) -> dict[str, Any]:
     """Compute every number of ``results.json`` that follows from the scores alone.
 
@@ -29,6 +34,7 @@ def summarize(
         samples: the per-image table.
         groups: OOD set -> ``near`` or ``far``.
         rules: which reading of FPR95 and AUPR.
+        num_classes: K, for the macro F1 over K+1 classes.
         replicates: bootstrap replicates behind each confidence bound; 0 = no bounds.
         confidence: share of replicates between the bounds.
 
@@ -39,6 +45,11 @@ def summarize(
     """
     known = samples.of("id")
     correct = known.labels == known.predictions
+    thresholds = {}
+    if "calibration" in samples.splits:
+        held_out = samples.of("calibration").scores
+        quantiles = {name: threshold_at_tpr(held_out[name], name=f"{name} on calibration") for name in held_out}
+        thresholds = {name: value for name, value in quantiles.items() if np.isfinite(value)}  # JSON has no infinity
     rows = []
     for name in known.scores:
         for ood_set in samples.ood_sets:
@@ -54,6 +65,16 @@ def summarize(
             if correct.any():
                 pair = known.scores[name], unknown.scores[name], correct
                 row |= {"cauroc": cauroc(*pair), "oscr": oscr(*pair)}
+            if name in thresholds:
+                labels, predictions, scores = (
+                    np.concatenate(pair)
+                    for pair in (
+                        (known.labels, unknown.labels),
+                        (known.predictions, unknown.predictions),
+                        (known.scores[name], unknown.scores[name]),
+                    )
+                )
+                row["macro_f1"] = macro_f1(labels, predictions, scores, thresholds[name], num_classes)
             rows.append(row)
     means = [
         {"score": name, "group": group, "sets": len(members)}
@@ -62,11 +83,6 @@ def summarize(
         for group in ("near", "far")
         if (members := [row for row in rows if row["score"] == name and row["group"] == group])
     ]
-    thresholds = {}
-    if "calibration" in samples.splits:
-        held_out = samples.of("calibration")
-        quantiles = {name: threshold_at_tpr(values) for name, values in held_out.scores.items()}
-        thresholds = {name: value for name, value in quantiles.items() if np.isfinite(value)}  # JSON has no infinity
     return {
         "metric_rules": {**asdict(rules), "bootstrap_replicates": replicates, "confidence": confidence},
         "id_accuracy": float(correct.mean()),
@@ -78,8 +94,7 @@ def summarize(
 
 def write_results(folder: Path, results: Mapping[str, Any]) -> None:
     """Write ``results.json`` and, one line for each row, ``results.csv``."""
-    text = json.dumps({"schema_version": SCHEMA_VERSION, **results}, indent=2, allow_nan=False)
-    (folder / "results.json").write_text(text + "\n", encoding="utf-8")
+    write_json(folder / "results.json", {"schema_version": SCHEMA_VERSION, **results})
     with (folder / "results.csv").open("w", newline="", encoding="utf-8") as file:
         columns = list(dict.fromkeys(column for row in results["rows"] for column in row))
         writer = csv.DictWriter(file, columns)
@@ -87,15 +102,27 @@ def write_results(folder: Path, results: Mapping[str, Any]) -> None:
         writer.writerows(results["rows"])
 
 
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a whole file or none: a kill in between leaves the old one."""
+    unfinished = path.with_suffix(".part")
+    unfinished.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    unfinished.replace(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file of ours; a damaged one is a ``ValueError`` that names it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged, it is not JSON: {error}") from error
+
+
 def read_results(folder: Path) -> dict[str, Any]:
     """Read the ``results.json`` of a run folder; one of another schema is a ``ValueError``."""
     path = folder / "results.json"
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{folder} holds no results.json: evaluate the run first (test)") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no results.json: evaluate the run first (test)")
+    results = read_json(path)
     if results.get("schema_version") != SCHEMA_VERSION:
         raise ValueError(f"{path} has schema {results.get('schema_version')}, this version reads {SCHEMA_VERSION}")
     return results

@@ -1,6 +1,5 @@
 """The run folder: what was asked, what happened, how it ended."""
 
-import json
 import logging
 import shutil
 import time
@@ -13,9 +12,12 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
+from callbacks.loggers import MetricsCSV
 from callbacks.provenance import git_revision, hardware, package_versions
+from callbacks.results import read_json, write_json
 
 IGNORED = ("ckpt_path", "overwrite")  # how a run was started, not what it is
+FITTED_ON = ("train", "calibration")  # the splits that a test must find as the fit left them
 log = logging.getLogger(__name__)
 
 
@@ -34,11 +36,12 @@ class RunRecord(Callback):
 
     @rank_zero_only
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Open the record; ``test`` leaves the configuration of the fit alone."""
+        """Open the record; ``test`` leaves the configuration of the fit alone.
+
+        Raises:
+            ValueError: the ID training images are not those that the run was fitted on.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
-        config = self.folder / "config.yaml"
-        if stage == "fit" or not config.is_file():
-            config.write_text(self.config, encoding="utf-8")
         self._handler = logging.FileHandler(self.folder / "log.txt", encoding="utf-8")
         self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         for name in ("", "pytorch_lightning"):  # Lightning's logger does not propagate
@@ -47,15 +50,24 @@ class RunRecord(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):  # the CSV logger would write a second configuration file
                 logger.log_hyperparams(yaml.safe_load(self.config))
+        splits = {name: sha for name, sha in trainer.datamodule.fingerprints.items() if name in FITTED_ON}  # type: ignore[attr-defined]
+        record = read_run(self.folder)
         if stage == "fit":
-            self._write(status="running", started=_now(), git_revision=git_revision(), packages=package_versions())
+            (self.folder / "config.yaml").write_text(self.config, encoding="utf-8")
+            self._status = {"starts": [*record.get("starts", []), _now()], "splits": splits}
+            self._write(status="running", git_revision=git_revision(), packages=package_versions())
+        elif changed := differences(record.get("splits", splits), splits, "fingerprint"):
+            raise ValueError(f"these are not the ID training images that the run was fitted on\n{changed}")
 
     @rank_zero_only
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the hardware and where training starts; from here on an overwritten run is gone."""
         shutil.rmtree(replaced(self.folder), ignore_errors=True)
         device = hardware(pl_module.device)
-        self._write(hardware=device, processes=trainer.world_size, first_epoch=trainer.current_epoch)
+        self._write(hardware=device, processes=trainer.world_size)
+        for logger in trainer.loggers:
+            if isinstance(logger, MetricsCSV):
+                logger.forget(trainer.global_step)
 
     @rank_zero_only
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -71,9 +83,12 @@ class RunRecord(Callback):
     @rank_zero_only
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Note how the run broke off; the last checkpoint stays, and ``fit`` again continues from it."""
-        text = "".join(traceback.format_exception(exception))
         interrupted = isinstance(exception, KeyboardInterrupt)
-        log.error("interrupted at step %d" if interrupted else "failed at step %d\n" + text, trainer.global_step)
+        step = trainer.global_step
+        if interrupted:
+            log.error("interrupted at step %d", step)
+        else:
+            log.error("failed at step %d\n%s", step, "".join(traceback.format_exception(exception)))
         if self._status:
             self._write(status="interrupted" if interrupted else "failed", ended=_now(), steps=trainer.global_step)
 
@@ -88,7 +103,7 @@ class RunRecord(Callback):
 
     def _write(self, **entries: Any) -> None:
         self._status |= entries
-        (self.folder / "run.json").write_text(json.dumps(self._status, indent=2) + "\n", encoding="utf-8")
+        write_json(self.folder / "run.json", self._status)
 
 
 def prepare_folder(folder: Path, config: str, overwrite: bool) -> Path | None:
@@ -108,12 +123,16 @@ def prepare_folder(folder: Path, config: str, overwrite: bool) -> Path | None:
             shutil.rmtree(replaced(folder), ignore_errors=True)
             folder.rename(replaced(folder))
         return None
-    if not (folder / "config.yaml").is_file():
-        return None
-    way_out = "take another --name, or discard it with --overwrite"
-    if run_status(folder) == "finished":
+    way_out = "take another --name, or discard it with --overwrite true"
+    status = read_run(folder).get("status")
+    if status == "finished":
         raise FileExistsError(f"{folder} holds a finished run: evaluate it with test, {way_out}")
-    stored = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    if status is None:
+        if (folder / "results.json").is_file() or any(folder.glob("*.ckpt")):
+            raise FileExistsError(f"{folder} holds results or checkpoints of something else: {way_out}")
+        return None
+    path = folder / "config.yaml"
+    stored = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if changed := differences(stored, yaml.safe_load(config)):
         raise FileExistsError(f"{folder} holds an unfinished run of another configuration: {way_out}\n{changed}")
     last = folder / "last.ckpt"
@@ -132,10 +151,13 @@ def restore_folder(folder: Path) -> None:
         replaced(folder).rename(folder)
 
 
-def run_status(folder: Path) -> str | None:
-    """Return ``running`` (also after a kill), ``finished``, ``interrupted`` or ``failed``; None where nothing ran."""
+def read_run(folder: Path) -> dict[str, Any]:
+    """Return the ``run.json`` of a folder, empty where nothing was fitted.
+
+    Its ``status`` is ``running`` (also after a kill), ``finished``, ``interrupted`` or ``failed``.
+    """
     path = folder / "run.json"
-    return json.loads(path.read_text(encoding="utf-8"))["status"] if path.is_file() else None
+    return read_json(path) if path.is_file() else {}
 
 
 def differences(old: Any, new: Any, path: str = "") -> str:

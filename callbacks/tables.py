@@ -3,8 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
+
+from callbacks.results import HEADLINE
 
 
 def results_table(runs: Sequence[Mapping[str, Any]]) -> Table:
@@ -29,12 +32,37 @@ def results_table(runs: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
+def over_seeds(runs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Join the runs of one experiment, which differ in their seed: metrics become mean and ``_std`` (over n - 1)."""
+    joined: list[Mapping[str, Any]] = []
+    for experiment in dict.fromkeys(run["experiment"] for run in runs):
+        members = [run for run in runs if run["experiment"] == experiment]
+        if len(members) == 1:
+            joined += members
+            continue
+        rows = []
+        for same in zip(*(run["rows"] for run in members), strict=True):
+            if len({(row["score"], row["ood_set"]) for row in same}) > 1:
+                raise ValueError(f"the runs of {experiment} have different scores or OOD sets, they cannot be averaged")
+            row = {key: same[0][key] for key in ("score", "ood_set", "group")}
+            for metric in HEADLINE:
+                values = [row[metric] for row in same]
+                row |= {metric: float(np.mean(values)), f"{metric}_std": float(np.std(values, ddof=1))}
+            rows.append(row)
+        joined.append({**members[0], "rows": rows})
+    return joined
+
+
 def print_results(runs: Sequence[Mapping[str, Any]]) -> None:
-    """Print the table of several runs and, for each, its ID accuracy and what outliers it trained with."""
+    """Print a table for each reading of the metrics and, for each run, its ID accuracy and outliers.
+
+    Several runs of one experiment become one row: mean and standard deviation over their seeds.
+    """
     console = Console()
     if not console.is_terminal:
         console = Console(width=120)
-    console.print(results_table(runs))
+    for rules in {describe_rules(run["metric_rules"]): run["metric_rules"] for run in runs}.values():
+        console.print(results_table(over_seeds([run for run in runs if run["metric_rules"] == rules])))
     for run in runs:
         outliers = "none" if run["outliers"] is None else f"{run['outliers']['size']} images, {run['outliers']['feed']}"
         line = f"{run['experiment']}/{run['name']}: ID accuracy {100 * run['id_accuracy']:.2f}%, outliers: {outliers}"
@@ -52,6 +80,8 @@ def describe_rules(rules: Mapping[str, Any]) -> str:
 
 def _percent(row: Mapping[str, Any], metric: str) -> str:
     value = f"{100 * row[metric]:.1f}"
+    if f"{metric}_std" in row:
+        return f"{value} ± {100 * row[f'{metric}_std']:.1f}"
     if f"{metric}_low" in row:
         value += f" [{100 * row[f'{metric}_low']:.1f}, {100 * row[f'{metric}_high']:.1f}]"
     return value

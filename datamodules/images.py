@@ -50,7 +50,7 @@ class ImageSet(Dataset[Batch], ABC):
         """SHA-256 of what the images are, without the labels."""
 
     def fingerprint(self) -> str:
-        """SHA-256 of images, shape and labels: equal fingerprints, equal sets."""
+        """SHA-256 of images (of a folder: names and file sizes), shape and labels."""
         return sha256(self.digest, str(self.shape), self.labels.numpy().tobytes())
 
     def as_outliers(self) -> "ImageSet":

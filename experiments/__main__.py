@@ -27,7 +27,7 @@ def main(args: Sequence[str] | None = None) -> int:
         elif verb in OODCLI.subcommands():
             OODCLI(args)
         elif verb in ("-h", "--help"):
-            print("fit, validate, test, predict: LightningCLI; `fit --help` lists the options")
+            print("fit, validate, test: LightningCLI; `fit --help` lists the options")
             for command in VERBS.values():
                 print((command.__doc__ or "").replace("``", "`"))
         else:

@@ -1,4 +1,4 @@
-"""``python -m experiments fit|validate|test|predict``: LightningCLI with run folders, exact resume and short errors."""
+"""``python -m experiments fit|validate|test``: LightningCLI with run folders, exact resume and short errors."""
 
 import os
 import re
@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from pytorch_lightning import Callback
+from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
 
-from backbones.weights import CHECKPOINTS, ROOT
+from backbones.weights import CHECKPOINTS, ROOT, read_state_dict
 from callbacks.compatibility import Compatibility
 from callbacks.evaluation import OODEvaluation
 from callbacks.randomness import SeedSteps
-from callbacks.run_record import RunRecord, differences, prepare_folder, restore_folder
+from callbacks.run_record import IGNORED, RunRecord, differences, prepare_folder, read_run, restore_folder
 from callbacks.tables import print_results
 from datamodules.datamodule import OODDataModule
 from experiments.errors import explain
@@ -41,8 +41,21 @@ class Parser(LightningArgumentParser):
         return []  # allow_abbrev=False does not reach the parsers of the subcommands
 
 
+class LastCheckpoint(ModelCheckpoint):
+    """Does not write the step again that it was resumed from: in mid-accumulation that would lose the gradients."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember what Lightning keeps out of the callback's state."""
+        super().on_train_start(trainer, pl_module)
+        self._last_global_step_saved = trainer.global_step
+
+
 class OODCLI(LightningCLI):
-    """One run folder for each experiment and name; the configuration of the fit is the record of the run."""
+    """One run folder for each experiment and name; the configuration of the fit is the record of the run.
+
+    Lightning's ``predict`` is left out: from a command line it keeps everything in memory and shows nothing, and
+    ``test`` writes the scores and the predicted class of every image to ``scores.npz``.
+    """
 
     def __init__(self, args: ArgsType = None, show_results: bool = True) -> None:
         self.show_results = show_results
@@ -68,13 +81,23 @@ class OODCLI(LightningCLI):
             if "wandb" in sys.modules:  # else the next command in this process would write into the same wandb run
                 sys.modules["wandb"].finish()
 
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The verbs that take every option."""
+        return {verb: skipped for verb, skipped in LightningCLI.subcommands().items() if verb != "predict"}
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add what every experiment has."""
         parser.add_argument(
             "--experiment", type=str | None, help="<method>/<setting>; default: from the path of --config"
         )
         parser.add_argument("--name", type=str | None, help="name of the run; default: seed<seed_everything>")
-        parser.add_argument("--overwrite", type=bool, default=False, help="discard a run of the same name")
+        parser.add_argument(
+            "--overwrite",
+            type=bool,
+            default=False,
+            help="fit: discard a run of the same name; test: replace its results",
+        )
         parser.add_argument("--save_every_n_steps", type=int | None, help="write last.ckpt in mid-epoch too")
         parser.add_lightning_class_args(OODEvaluation, "evaluation")
         parser.link_arguments("seed_everything", "data.init_args.seed")
@@ -121,37 +144,49 @@ class OODCLI(LightningCLI):
         """Add the callbacks that no experiment goes without."""
         settings = self.settings
         own = [Compatibility(), RunRecord(self.folder, self.record), SeedSteps(settings.seed_everything)]
+        self._get(self.config_init, "evaluation").configuration = yaml.safe_load(self.record)
         self.trainer_defaults["callbacks"] = [*own, *self._checkpoints()]
         return super().instantiate_trainer(**kwargs)
 
     def _checkpoints(self) -> list[Callback]:
         common = {"dirpath": self.folder, "enable_version_counter": False, "save_on_train_epoch_end": True}
         checkpoints: list[Callback] = []
-        if self.model.selection == "best":  # before the last one, which stores its state
+        if self._selection() == "best":  # before the last one, which stores its state
             checkpoints += [ModelCheckpoint(**common, filename="best", monitor="val/accuracy", mode="max")]
         if self.settings.save_every_n_steps:
             steps = self.settings.save_every_n_steps
-            checkpoints += [ModelCheckpoint(**common, filename="last", every_n_train_steps=steps)]
-        return [*checkpoints, ModelCheckpoint(**common, filename="last")]
+            checkpoints += [LastCheckpoint(**common, filename="last", every_n_train_steps=steps)]
+        return [*checkpoints, LastCheckpoint(**common, filename="last")]
 
     def after_instantiate_classes(self) -> None:
         """Choose the checkpoint: the one to continue from, or the one that the method selects."""
         chosen = self.config_init[self.subcommand]
-        if chosen.ckpt_path is not None or self.subcommand is None:
-            return
-        if self.subcommand == "fit":
-            chosen.ckpt_path = self.resume and str(self.resume)
-            return
-        trained = self.folder / f"{self.model.selection}.ckpt"
+        results = self.folder / "results.json"
+        if self.subcommand == "test" and results.is_file() and not self.settings.overwrite:
+            raise FileExistsError(f"{results} is there already: replace it with --overwrite true")
+        if chosen.ckpt_path is None:
+            checkpoint = self.resume if self.subcommand == "fit" else self._trained()
+            chosen.ckpt_path = None if checkpoint is None else str(checkpoint)
+        if chosen.ckpt_path is not None:
+            read_state_dict(Path(chosen.ckpt_path))  # says in words what is wrong with a damaged or foreign file
+
+    def _trained(self) -> Path | None:
+        """The checkpoint to test; None = the weights that the configuration names."""
+        trained = self.folder / f"{self._selection()}.ckpt"
         if trained.is_file():
             self._check_model_of_run()
-            chosen.ckpt_path = str(trained)
-        elif not _has_weights(self.settings.model.as_dict()):
+            return trained
+        if read_run(self.folder) or not _has_weights(self.settings.model.as_dict()):
             method, _, setting = self.settings.experiment.partition("/")
             raise FileNotFoundError(
                 f"nothing to evaluate: there is no {trained}, and the model names no weights; "
                 f"train it with make {method}-{setting}, or give --ckpt_path"
             )
+        return None
+
+    def _selection(self) -> str:
+        """``best`` or ``last``; without held-out images there is nothing to select on, and the last one counts."""
+        return self.model.selection if self.datamodule.val_split else "last"
 
     def _check_model_of_run(self) -> None:
         path = self.folder / "config.yaml"
@@ -169,7 +204,7 @@ class OODCLI(LightningCLI):
         """The resolved configuration, ready to be given to ``--config`` again."""
         parser = self._parser(self.subcommand)
         text = parser.dump(self.settings, skip_none=False, skip_link_targets=True)
-        config = {key: value for key, value in yaml.safe_load(text).items() if key not in ("ckpt_path", "overwrite")}
+        config = {key: value for key, value in yaml.safe_load(text).items() if key not in IGNORED}
         return yaml.safe_dump(config, sort_keys=False)
 
 

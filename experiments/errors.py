@@ -19,6 +19,8 @@ def explain(message: str, keys: Iterable[str] = ()) -> str:
         message: what jsonargparse says, often nested over many lines.
         keys: the keys of the command, for near matches.
     """
+    if "in DataLoader worker" in message:  # what the worker raised, without its traceback
+        return message.rstrip().splitlines()[-1].partition("Error: ")[2]
     if found := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", message):
         module, name = found.groups()
         return f"there is no {module}.{name}; {suggest(name, members(module), 'it has')}"

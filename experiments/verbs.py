@@ -38,34 +38,42 @@ def metrics(args: Sequence[str]) -> None:
         prog="python -m experiments metrics", description=metrics.__doc__, allow_abbrev=False
     )
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="a run folder that was tested")
-    parser.add_argument("--rules", default="default", choices=PRESETS, help="reading of FPR95 and AUPR")
-    parser.add_argument("--bootstrap", type=int, default=1000, help="replicates behind the bounds; 0 = no bounds")
+    parser.add_argument("--rules", choices=PRESETS, help="reading of FPR95 and AUPR; default: that of the run")
+    parser.add_argument("--bootstrap", type=int, help="replicates behind the bounds, 0 = none; default: as in the run")
     options = parser.parse_args(args)
     runs = []
     for folder in options.folders:
         results = read_results(folder)
         groups = {row["ood_set"]: row["group"] for row in results["rows"]}
+        preset = options.rules or results["metric_rules"]["preset"]
+        given = options.bootstrap is not None
+        replicates = options.bootstrap if given else results["metric_rules"]["bootstrap_replicates"]
         samples = Samples.load(folder / "scores.npz")
-        runs.append(results | summarize(samples, groups, metric_rules(options.rules), options.bootstrap))
+        rules = metric_rules(preset)
+        runs.append(results | summarize(samples, groups, rules, results["num_classes"], replicates))
     print_results(runs)
 
 
 def completion(args: Sequence[str]) -> None:
     """``completion [bash|zsh]``: print shell completion of the command ``ood``."""
+    shell = args[0] if args else "bash"
+    if shell not in ("bash", "zsh"):
+        raise ValueError(f"completion exists for bash and zsh, not for {shell}")
     # Not by shtab, which jsonargparse offers: it follows every class that could be nested, to 77 MB.
     help_text = io.StringIO()
     with contextlib.redirect_stdout(help_text), contextlib.suppress(SystemExit):
         OODCLI(["fit", "--help"])
     options = sorted(set(re.findall(r"--[a-z][\w.]+", help_text.getvalue())))
     words = {"verbs": " ".join([*OODCLI.subcommands(), *VERBS]), "options": " ".join(options)}
-    print("autoload -U +X bashcompinit && bashcompinit\n" * (list(args) == ["zsh"]) + COMPLETION % words)
+    print("autoload -U +X bashcompinit && bashcompinit\n" * (shell == "zsh") + COMPLETION % words)
 
 
 def fit_and_test(args: Sequence[str], show_results: bool = True) -> Path:
     """Fit, then test from the record of the run; return its folder."""
-    folder = OODCLI(["fit", *args]).folder
-    OODCLI(["test", "--config", str(folder / "config.yaml")], show_results)
-    return folder
+    cli = OODCLI(["fit", *args])
+    if not cli.settings.trainer.fast_dev_run:  # which leaves no checkpoint to test
+        OODCLI(["test", "--config", str(cli.folder / "config.yaml")], show_results)
+    return cli.folder
 
 
 COMPLETION = """_ood() {

@@ -19,6 +19,8 @@ SHARED = {"ood_module", "evidence", "distributed", "losses", "scores"}  # what c
 def violations(room, stem, source):
     found = []
     for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            found.append("relative imports hide where an arrow points")
         modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         modules += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
         for module in modules:

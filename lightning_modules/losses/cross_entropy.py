@@ -5,7 +5,7 @@ from torch.nn import functional
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Mean cross-entropy over the ID rows of a batch.
+    """Mean cross-entropy over the ID rows of a batch, on several processes over the rows of each.
 
     Args:
         logits: (B, K).

@@ -59,10 +59,10 @@ def cholesky(covariance: Tensor) -> Tensor:
     """Factorise a (D, D) float64 covariance into L L^T, adding to its diagonal only what it takes.
 
     Raises:
-        RuntimeError: it is not finite, zero, or not positive definite even with 1e-4 of its mean variance added.
+        ValueError: it is not finite, zero, or not positive definite even with 1e-4 of its mean variance added.
     """
     if not covariance.isfinite().all():
-        raise RuntimeError("the covariance holds NaN or infinity: so do the features it was fitted on")
+        raise ValueError("the covariance holds NaN or infinity: so do the features it was fitted on")
     variance = covariance.diagonal().mean()
     identity = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
     for jitter in (0.0, *(10.0**exponent for exponent in range(-12, -3))):
@@ -74,7 +74,7 @@ def cholesky(covariance: Tensor) -> Tensor:
             if jitter:
                 logger.warning("singular covariance: added %.0e of its mean variance to the diagonal", jitter)
             return factor
-    raise RuntimeError(
+    raise ValueError(
         f"the {tuple(covariance.shape)} covariance cannot be factorised, not even with {jitter:.0e} of its mean "
         f"variance {float(variance):.3g} added to the diagonal; do the features vary within the classes?"
     )

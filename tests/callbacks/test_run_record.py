@@ -7,9 +7,15 @@ import torch
 import yaml
 from pytorch_lightning import Trainer
 
-from callbacks.run_record import RunRecord, differences, prepare_folder, run_status
+from callbacks.run_record import RunRecord, differences, prepare_folder, read_run
 
 CONFIG = yaml.safe_dump({"model": {"lr": 0.1}, "seed_everything": 0})
+
+
+def make_trainer(folder, train="a1"):
+    trainer = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu", default_root_dir=folder)
+    trainer.datamodule = SimpleNamespace(fingerprints={"train": train, "id": "b2"})
+    return trainer
 
 
 def write_run(folder, status, config=CONFIG, last=True):
@@ -52,7 +58,7 @@ def test_overwrite_discards_the_run(tmp_path):
     write_run(tmp_path / "run", "finished")
     assert prepare_folder(tmp_path / "run", CONFIG, overwrite=True) is None
     assert not (tmp_path / "run").exists()
-    trainer = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu", default_root_dir=tmp_path)
+    trainer = make_trainer(tmp_path)
     record = RunRecord(tmp_path / "run", CONFIG)
     record.setup(trainer, None, "fit")
     assert (tmp_path / "run.replaced" / "last.ckpt").is_file()
@@ -70,35 +76,56 @@ def test_differences_name_added_removed_and_changed_keys():
 def test_the_record_follows_a_run_that_breaks(tmp_path):
     handlers = list(logging.getLogger().handlers)
     record = RunRecord(tmp_path / "run", CONFIG)
-    trainer = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu", default_root_dir=tmp_path)
+    trainer = make_trainer(tmp_path)
     record.setup(trainer, None, "fit")
-    assert run_status(tmp_path / "run") == "running"
+    assert read_run(tmp_path / "run")["status"] == "running"
     logging.getLogger("callbacks.run_record").setLevel(logging.INFO)
     try:
-        raise RuntimeError("the disk is on fire")
+        raise RuntimeError("100% of the disk is on fire")
     except RuntimeError as error:
         record.on_exception(trainer, None, error)
     record.teardown(trainer, None, "fit")
-    assert run_status(tmp_path / "run") == "failed"
-    assert "the disk is on fire" in (tmp_path / "run" / "log.txt").read_text()
+    assert read_run(tmp_path / "run")["status"] == "failed"
+    assert "100% of the disk is on fire" in (tmp_path / "run" / "log.txt").read_text()
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["model"] == {"lr": 0.1}
     assert logging.getLogger().handlers == handlers
 
 
 def test_a_keyboard_interrupt_is_called_so(tmp_path):
     record = RunRecord(tmp_path / "run", CONFIG)
-    trainer = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu", default_root_dir=tmp_path)
+    trainer = make_trainer(tmp_path)
     record.setup(trainer, None, "fit")
     record.on_exception(trainer, None, KeyboardInterrupt())
     record.teardown(trainer, None, "fit")
-    assert run_status(tmp_path / "run") == "interrupted"
+    assert read_run(tmp_path / "run")["status"] == "interrupted"
 
 
 def test_testing_a_run_leaves_its_configuration_alone(tmp_path):
     write_run(tmp_path / "run", "finished")
-    trainer = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu", default_root_dir=tmp_path)
+    trainer = make_trainer(tmp_path)
     record = RunRecord(tmp_path / "run", "model: other")
     record.setup(trainer, None, "test")
     record.teardown(trainer, None, "test")
     assert (tmp_path / "run" / "config.yaml").read_text() == CONFIG
-    assert run_status(tmp_path / "run") == "finished"
+    assert read_run(tmp_path / "run")["status"] == "finished"
+
+
+def test_a_run_is_tested_on_the_images_it_was_fitted_on(tmp_path):
+    record = RunRecord(tmp_path / "run", CONFIG)
+    record.setup(make_trainer(tmp_path), None, "fit")
+    record.teardown(make_trainer(tmp_path), None, "fit")
+    with pytest.raises(ValueError, match=r"not the ID training images.*\n.*fingerprint.train: 'a1' there, 'zz' here"):
+        record.setup(make_trainer(tmp_path, train="zz"), None, "test")
+    record.teardown(make_trainer(tmp_path), None, "test")
+
+
+def test_a_folder_with_checkpoints_of_something_else_is_refused(tmp_path):
+    (tmp_path / "best.ckpt").touch()
+    with pytest.raises(FileExistsError, match="something else"):
+        prepare_folder(tmp_path, CONFIG, overwrite=False)
+
+
+def test_a_damaged_record_is_named(tmp_path):
+    (tmp_path / "run.json").write_text("")
+    with pytest.raises(ValueError, match=r"run\.json is damaged"):
+        prepare_folder(tmp_path, CONFIG, overwrite=False)

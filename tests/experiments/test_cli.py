@@ -62,7 +62,7 @@ def test_a_run_leaves_the_whole_record(finished):
     results = json.loads((finished / "results.json").read_text())
     assert results["experiment"] == "classifier/digits"
     assert results["checkpoint"] == "best.ckpt"
-    assert results["epoch"] in (0, 1)
+    assert results["epoch"] == torch.load(finished / "best.ckpt", weights_only=True)["epoch"]
     assert {row["ood_set"] for row in results["rows"]} == {"held_out", "photograph", "noise"}
     assert len(results["rows"]) == 8 * 3
     assert json.loads((finished / "run.json").read_text())["status"] == "finished"
@@ -128,17 +128,75 @@ def test_the_record_is_a_configuration_again(finished, checkpoints):
 
 def test_testing_from_the_experiments_yaml_needs_the_model_of_the_run(finished, capsys):
     smoothed = ["--model.init_args.label_smoothing", "0.1"]
-    assert main(["test", "--config", DIGITS, *QUICK, *smoothed]) == 2
+    assert main(["test", "--config", DIGITS, *QUICK, *smoothed, "--overwrite", "true"]) == 2
     assert "label_smoothing: 0.0 there, 0.1 here" in capsys.readouterr().err
-    assert main(["test", "--config", DIGITS, *QUICK]) == 0
+    assert main(["test", "--config", DIGITS, *QUICK]) == 2
+    assert "replace it with --overwrite true" in capsys.readouterr().err
+    assert main(["test", "--config", DIGITS, *QUICK, "--overwrite", "true"]) == 0
 
 
 def test_other_scores_and_sets_can_be_tested_on_a_finished_run(finished):
     config = str(finished / "config.yaml")
     scores = '{"energy": {"class_path": "lightning_modules.scores.logits.Energy", "init_args": {"temperature": 2.0}}}'
-    assert main(["test", "--config", config, "--evaluation.scores", scores, "--data.init_args.ood", "[noise]"]) == 0
+    assert (
+        main(
+            [
+                "test",
+                "--config",
+                config,
+                "--evaluation.scores",
+                scores,
+                "--data.init_args.ood",
+                "[noise]",
+                "--overwrite",
+                "true",
+            ]
+        )
+        == 0
+    )
     (row,) = json.loads((finished / "results.json").read_text())["rows"]
     assert (row["score"], row["ood_set"]) == ("energy", "noise")
+    scores = json.loads((finished / "results.json").read_text())["configuration"]["evaluation"]["scores"]
+    assert scores["energy"]["init_args"] == {"temperature": 2.0}
+
+
+def test_another_split_of_the_data_is_not_tested_on_a_run(finished, capsys):
+    arguments = ["test", "--config", str(finished / "config.yaml"), "--overwrite", "true"]
+    assert main([*arguments, "--data.init_args.known", "[4,5,6,7,8,9]"]) == 2
+    assert "not the ID training images that the run was fitted on" in capsys.readouterr().err
+    assert main([*arguments, "--data.init_args.split_seed", "3"]) == 2
+
+
+def test_scores_read_the_head_of_the_checkpoint(finished):
+    config = str(finished / "config.yaml")
+    cli = OODCLI(["test", "--config", config, "--overwrite", "true"])
+    trained = torch.load(finished / "best.ckpt", weights_only=True)["state_dict"]
+    (evaluation,) = [c for c in cli.trainer.callbacks if type(c).__name__ == "OODEvaluation"]
+    assert any(torch.equal(evaluation.scores["react"].weight, value) for value in trained.values())
+
+
+def test_without_held_out_images_the_last_checkpoint_is_tested(checkpoints):
+    assert main(["run", "--config", DIGITS, *QUICK, "--data.init_args.val_split", "0"]) == 0
+    folder = checkpoints / "classifier" / "digits" / "seed0"
+    results = json.loads((folder / "results.json").read_text())
+    assert results["checkpoint"] == "last.ckpt"
+    assert results["thresholds"] == {}
+    assert not (folder / "best.ckpt").exists()
+
+
+def test_a_damaged_checkpoint_is_named(finished, capsys):
+    (finished / "best.ckpt").write_bytes((finished / "best.ckpt").read_bytes()[:1000])
+    assert main(["test", "--config", str(finished / "config.yaml"), "--overwrite", "true"]) == 2
+    assert "best.ckpt is damaged" in capsys.readouterr().err
+
+
+def test_seeds_are_averaged(finished, capsys):
+    assert main(["run", "--config", DIGITS, *QUICK, "--seed_everything", "1"]) == 0
+    runs = [json.loads((finished.parent / f"seed{k}" / "results.json").read_text())["rows"][0] for k in (0, 1)]
+    capsys.readouterr()
+    assert main(["metrics", str(finished), str(finished.parent / "seed1"), "--bootstrap", "0"]) == 0
+    mean, std = (100 * f([run["auroc"] for run in runs]) for f in (np.mean, lambda values: np.std(values, ddof=1)))
+    assert f"{mean:.1f} ± {std:.1f}" in capsys.readouterr().out
 
 
 def test_the_metrics_of_the_record_follow_from_its_scores(finished, capsys):
@@ -157,6 +215,7 @@ def test_fast_dev_run_touches_no_real_run(finished):
     assert main(["fit", "--config", DIGITS, *QUICK, "--trainer.fast_dev_run", "true"]) == 0
     assert {path.name: path.stat().st_mtime_ns for path in finished.iterdir()} == before
     assert (finished.parent / "fast_dev_run").is_dir()
+    assert main(["run", "--config", DIGITS, *QUICK, "--trainer.fast_dev_run", "true"]) == 0
 
 
 def test_weights_alone_can_be_evaluated_from_anywhere(checkpoints, tmp_path, monkeypatch):
@@ -284,4 +343,4 @@ def test_nothing_to_evaluate_names_the_make_target(checkpoints, capsys):
 
 def test_an_unknown_verb_lists_the_verbs(capsys):
     assert main(["evalute"]) == 2
-    assert "fit, validate, test, predict, run, demo, metrics" in capsys.readouterr().err
+    assert "fit, validate, test, run, demo, metrics" in capsys.readouterr().err

@@ -21,26 +21,30 @@ from pytorch_lightning import Callback
 
 
 class Break(Callback):
-    def __init__(self, flag: str, sig: int):
-        self.flag, self.signal = Path(flag), sig
+    def __init__(self, flag: str, sig: int, batches: list[int]):
+        self.flag, self.signal, self.batches = Path(flag), sig, batches
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if trainer.global_step == 11 and not self.flag.exists():
-            self.flag.touch()
+        kills = int(self.flag.read_text()) if self.flag.exists() else 0
+        batch = trainer.current_epoch * trainer.num_training_batches + batch_idx + 1
+        if kills < len(self.batches) and batch == self.batches[kills]:
+            self.flag.write_text(str(kills + 1))
             os.kill(os.getpid(), self.signal)
 """
 
 
-def fit(folder, name, workers, sig):
-    # The flag is set from the start where nothing shall break: one configuration for the broken and the resumed run.
-    callback = {"class_path": "breaking.Break", "init_args": {"flag": str(folder / f"broke_{name}"), "sig": int(sig)}}
+def fit(folder, name, workers, sig, batches=(11,), accumulate=1):
+    # The flag counts how often the run broke: one configuration for the broken and the resumed run.
+    options = {"flag": str(folder / f"broke_{name}"), "sig": int(sig), "batches": list(batches)}
+    callback = {"class_path": "breaking.Break", "init_args": options}
     command = [sys.executable, "-m", "experiments", "fit", "--config", "experiments/classifier/digits.yaml"]
-    command += ["--experiment", "tests/broken", "--name", name, "--save_every_n_steps", "3"]
+    command += ["--experiment", "tests/broken", "--name", name, "--save_every_n_steps", "3" if accumulate == 1 else "2"]
     command += ["--trainer.max_epochs", "3", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
     command += ["--trainer.callbacks+", json.dumps(callback), "--data.init_args.num_workers", str(workers)]
     command += ["--data.init_args.crop_padding", "1", "--data.init_args.flip", "true"]
     command += ["--model.init_args.backbone", "dropout_net.DropoutNet"]
     command += ["--trainer.logger", "callbacks.loggers.MetricsCSV"]
+    command += ["--trainer.accumulate_grad_batches", str(accumulate)]
     env = os.environ | {"OOD_CHECKPOINTS": str(folder), "PYTHONPATH": os.pathsep.join([str(ROOT), str(folder)])}
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240, check=False)
 
@@ -78,7 +82,7 @@ def status(folder, name):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_run_killed_in_mid_epoch_continues_to_the_same_bits(folder, workers):
-    (folder / "broke_whole").touch()
+    (folder / "broke_whole").write_text("1")
     whole = fit(folder, "whole", workers, signal.SIGKILL)
     assert whole.returncode == 0, whole.stderr[-3000:]
 
@@ -90,8 +94,26 @@ def test_a_run_killed_in_mid_epoch_continues_to_the_same_bits(folder, workers):
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     assert status(folder, "killed") == "finished"
 
+    assert last(folder, "whole")["global_step"] == 24
+    same_state(folder)
+    steps = [line.split(",")[-1] for line in (folder / "tests/broken/killed/metrics.csv").read_text().splitlines()]
+    whole_steps = [line.split(",")[-1] for line in (folder / "tests/broken/whole/metrics.csv").read_text().splitlines()]
+    assert steps == whole_steps
+
+
+@pytest.mark.slow
+def test_two_kills_while_gradients_accumulate(folder):
+    (folder / "broke_whole").write_text("2")
+    options = {"workers": 0, "sig": signal.SIGKILL, "batches": (12, 14), "accumulate": 3}
+    assert fit(folder, "whole", **options).returncode == 0
+    for expected in (-signal.SIGKILL, -signal.SIGKILL, 0):
+        assert fit(folder, "killed", **options).returncode == expected
+    same_state(folder)
+
+
+def same_state(folder):
     expected, found = last(folder, "whole"), last(folder, "killed")
-    assert found["global_step"] == expected["global_step"] == 24
+    assert found["global_step"] == expected["global_step"]
     for name, value in expected["state_dict"].items():
         assert torch.equal(found["state_dict"][name], value), name
     for state, other in zip(expected["optimizer_states"], found["optimizer_states"], strict=True):

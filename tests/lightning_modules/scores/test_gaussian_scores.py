@@ -169,7 +169,7 @@ def test_regular_covariance_is_left_alone(caplog):
     [(torch.ones(9, 3), "do the features vary within the classes"), (torch.full((9, 3), math.nan), "NaN or infinity")],
 )
 def test_hopeless_features(features, message):
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises(ValueError, match=message):
         fit(Mahalanobis(), features, torch.arange(9) % 3)
 
 
