@@ -16,7 +16,7 @@ help: ## list the targets
 	@printf '\nExperiments: fit, then test of the checkpoint that the method selects (SEEDS="0 1 2", ARGS="...")\n'
 	@for target in $(TARGETS); do printf '  make %s\n' $$target; done
 
-demo: .venv/installed ## train and evaluate every method on scanned digits: no download, under a minute
+demo: .venv/installed ## train and evaluate every method on scanned digits, without any download of data
 	$(RUN) demo $(ARGS)
 
 $(TARGETS): .venv/installed

@@ -84,11 +84,15 @@ def _seconds(call: Callable[[], Any], calls: int) -> float:
 
 
 class Ratio(NamedTuple):
-    """How many times as long one contender takes as another: median, least and most over the repetitions."""
+    """How many times as long one contender takes as another: median, least and most over the repetitions.
+
+    ``noisy``: the middle half of the repetitions alone spans a factor of 1.5, as on a machine that others use.
+    """
 
     median: float
     low: float
     high: float
+    noisy: bool
 
     def __str__(self) -> str:
         return f"{self.median:.3g} [{self.low:.3g}-{self.high:.3g}]"
@@ -97,7 +101,8 @@ class Ratio(NamedTuple):
 def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Ratio:
     """Divide pair by pair: both of a pair were measured right after each other."""
     ratios = [above / below for above, below in zip(numerators, denominators, strict=True)]
-    return Ratio(statistics.median(ratios), min(ratios), max(ratios))
+    lower, median, upper = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else 3 * ratios
+    return Ratio(median, min(ratios), max(ratios), noisy=upper > 1.5 * lower)
 
 
 def timing_rows(
@@ -113,18 +118,18 @@ def timing_rows(
         judge: whether sizes are such that the targets mean something.
     """
 
-    def verdict(met: bool) -> str:
-        return "not judged" if not judge else "met" if met else "MISSED"
+    def verdict(measured: Ratio, met: bool) -> str:
+        return "not judged" if not judge else "too noisy" if measured.noisy else "met" if met else "MISSED"
 
     over = ratio(seconds["ours"], seconds["limit"])
     own = (case, duration(seconds["ours"]), duration(seconds["limit"]), str(over))
-    own += (f"<= {to_limit:g}: {verdict(over.median <= to_limit)}",)
+    own += (f"<= {to_limit:g}: {verdict(over, over.median <= to_limit)}",)
     rows = []
     for peer, bound in to_peer.items():
         cells = ("not installed", "", "")
         if peer in seconds:
             slower = ratio(seconds[peer], seconds["ours"])
-            target = "" if bound is None else f">= {bound:g}: {verdict(slower.median >= bound)}"
+            target = "" if bound is None else f">= {bound:g}: {verdict(slower, slower.median >= bound)}"
             cells = (duration(seconds[peer]), str(slower), target)
         rows.append((*(own if not rows else ("",) * len(own)), peer, *cells))
     return rows

@@ -112,9 +112,12 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a file of ours; a damaged one is a ``ValueError`` that names it."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}, not an object")
+        return content
     except ValueError as error:
-        raise ValueError(f"{path} is damaged, it is not JSON: {error}") from error
+        raise ValueError(f"{path} is damaged, no JSON of ours: {error}") from error
 
 
 def read_results(folder: Path) -> dict[str, Any]:

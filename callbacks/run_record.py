@@ -106,6 +106,14 @@ class RunRecord(Callback):
         write_json(self.folder / "run.json", self._status)
 
 
+class FinishedRunError(FileExistsError):
+    """The folder holds a finished run of the very same configuration."""
+
+    def __init__(self, folder: Path, message: str) -> None:
+        super().__init__(message)
+        self.folder = folder
+
+
 def prepare_folder(folder: Path, config: str, overwrite: bool) -> Path | None:
     """Decide how ``fit`` treats a run folder.
 
@@ -116,7 +124,8 @@ def prepare_folder(folder: Path, config: str, overwrite: bool) -> Path | None:
         The checkpoint to continue from, None to start anew.
 
     Raises:
-        FileExistsError: the folder holds a finished run, or an unfinished one of another configuration.
+        FinishedRunError: the folder holds this run, finished.
+        FileExistsError: it holds a run of another configuration, or something else.
     """
     if overwrite:
         if getattr(rank_zero_only, "rank", 0) == 0 and folder.exists():
@@ -125,16 +134,15 @@ def prepare_folder(folder: Path, config: str, overwrite: bool) -> Path | None:
         return None
     way_out = "take another --name, or discard it with --overwrite true"
     status = read_run(folder).get("status")
-    if status == "finished":
-        raise FileExistsError(f"{folder} holds a finished run: evaluate it with test, {way_out}")
     if status is None:
         if (folder / "results.json").is_file() or any(folder.glob("*.ckpt")):
             raise FileExistsError(f"{folder} holds results or checkpoints of something else: {way_out}")
         return None
-    path = folder / "config.yaml"
-    stored = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if changed := differences(stored, yaml.safe_load(config)):
-        raise FileExistsError(f"{folder} holds an unfinished run of another configuration: {way_out}\n{changed}")
+    kind = "a finished" if status == "finished" else "an unfinished"
+    if changed := differences(read_config(folder), yaml.safe_load(config)):
+        raise FileExistsError(f"{folder} holds {kind} run of another configuration: {way_out}\n{changed}")
+    if status == "finished":
+        raise FinishedRunError(folder, f"{folder} holds a finished run: evaluate it with test, {way_out}")
     last = folder / "last.ckpt"
     return last if last.is_file() else None
 
@@ -158,6 +166,17 @@ def read_run(folder: Path) -> dict[str, Any]:
     """
     path = folder / "run.json"
     return read_json(path) if path.is_file() else {}
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return the ``config.yaml`` of a run, empty where there is none; a damaged one is a ``ValueError``."""
+    path = folder / "config.yaml"
+    if not path.is_file():
+        return {}
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is damaged, it is not YAML: {error}") from error
 
 
 def differences(old: Any, new: Any, path: str = "") -> str:

@@ -114,6 +114,8 @@ class OODDataModule(LightningDataModule, ABC):
             raise ValueError(f"val_split is a share of the ID training images, 0 <= val_split < 1, got {val_split}")
         if (mean is None) != (std is None):
             raise ValueError(f"mean and std belong together, give both or neither: mean={mean}, std={std}")
+        if mean is not None and std is not None and not (max(mean) <= 1 and 0 < min(std) <= max(std) <= 1):
+            raise ValueError(f"mean and std are for images in [0, 1], std above 0; got mean={mean}, std={std}")
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
         self.num_workers, self.seed, self.split_seed, self.val_split = num_workers, seed, split_seed, val_split
         self.mean, self.std, self.crop_padding, self.flip = mean, std, crop_padding, flip

@@ -201,6 +201,8 @@ def stratified_split(labels: Tensor, share: float, seed: int, classes: Sequence[
     aside = []
     for label, name in enumerate(classes):
         members = np.flatnonzero(labels.numpy() == label)
+        if not len(members):
+            raise ValueError(f"there is no training image of class {name!r}: the classes are {', '.join(classes)}")
         count = round(len(members) * share)
         if not 0 < count < len(members):
             raise ValueError(

@@ -16,6 +16,10 @@ def main(args: Sequence[str] | None = None) -> int:
     """Run one command; wrong input ends in a message and exit status 2, not in a traceback."""
     args = sys.argv[1:] if args is None else list(args)
     quieten()
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # a user's own classes, as `python -m` finds them
+    from lightning_fabric.utilities.exceptions import MisconfigurationException
+
     from experiments.cli import OODCLI
     from experiments.errors import explain
     from experiments.verbs import VERBS
@@ -33,7 +37,7 @@ def main(args: Sequence[str] | None = None) -> int:
         else:
             known = ", ".join([*OODCLI.subcommands(), *VERBS])
             raise ValueError(f"the first word says what to do: {known}; got {verb!r}")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MisconfigurationException) as error:
         if "OOD_TRACEBACK" in os.environ:
             raise
         sys.stderr.write(f"error: {explain(str(error))}\n(set OOD_TRACEBACK=1 for the traceback)\n")

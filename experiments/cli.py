@@ -15,7 +15,7 @@ from backbones.weights import CHECKPOINTS, ROOT, read_state_dict
 from callbacks.compatibility import Compatibility
 from callbacks.evaluation import OODEvaluation
 from callbacks.randomness import SeedSteps
-from callbacks.run_record import IGNORED, RunRecord, differences, prepare_folder, read_run, restore_folder
+from callbacks.run_record import IGNORED, RunRecord, differences, prepare_folder, read_config, read_run, restore_folder
 from callbacks.tables import print_results
 from datamodules.datamodule import OODDataModule
 from experiments.errors import explain
@@ -189,10 +189,11 @@ class OODCLI(LightningCLI):
         return self.model.selection if self.datamodule.val_split else "last"
 
     def _check_model_of_run(self) -> None:
-        path = self.folder / "config.yaml"
-        stored, here = yaml.safe_load(path.read_text(encoding="utf-8")), yaml.safe_load(self.record)
-        if changed := differences(stored["model"], here["model"], "model"):
-            raise ValueError(f"the run was fitted with another model; take --config {path}\n{changed}")
+        stored, here = read_config(self.folder), yaml.safe_load(self.record)
+        if changed := differences(stored.get("model"), here["model"], "model"):
+            raise ValueError(
+                f"the run was fitted with another model; take --config {self.folder / 'config.yaml'}\n{changed}"
+            )
 
     def after_test(self) -> None:
         """Print the table, once, on the first process."""

@@ -33,7 +33,7 @@ def explain(message: str, keys: Iterable[str] = ()) -> str:
     if found := re.search(r"(?:does not accept option '|unrecognized arguments: --?)([\w.+]+)", message):
         return f"unknown key {found[1]}; {suggest(found[1], keys, 'valid')}"
     lines = [line for line in message.splitlines() if line.strip() and not NOISE.match(line)]
-    text = "\n".join(lines).strip(" -")
+    text = re.sub(r"^[\s-]*- ", "", "\n".join(lines)).strip()
     if "is abstract" in message:
         text += "\nwrite a class as `class_path: package.module.Class` with its options under `init_args:`"
     return text
@@ -47,12 +47,13 @@ def suggest(name: str, valid: Iterable[str], label: str) -> str:
 
 
 def members(module: str) -> list[str]:
-    """List the classes that a module defines, or the modules of a package."""
+    """List the classes and modules that a module or package offers."""
     found = import_module(module)
-    if hasattr(found, "__path__"):
-        return [info.name for info in pkgutil.iter_modules(found.__path__)]
-    classes = inspect.getmembers(found, inspect.isclass)
-    return [name for name, member in classes if member.__module__ == module and not name.startswith("_")]
+    names = [info.name for info in pkgutil.iter_modules(getattr(found, "__path__", []))]
+    names += [
+        name for name, member in inspect.getmembers(found, inspect.isclass) if member.__module__.startswith(module)
+    ]
+    return [name for name in names if not name.startswith("_")]
 
 
 def options(path: str) -> list[str]:

@@ -9,13 +9,14 @@ from pathlib import Path
 
 from callbacks.metrics import PRESETS, metric_rules
 from callbacks.results import read_results, summarize
+from callbacks.run_record import FinishedRunError
 from callbacks.samples import Samples
 from callbacks.tables import print_results
 from experiments.cli import EXPERIMENTS, OODCLI
 
 
 def run(args: Sequence[str]) -> None:
-    """``run --config YAML [options]``: fit, then test the checkpoint that the method selects."""
+    """``run --config YAML [options]``: fit, then test the checkpoint that the method selects; skips what is done."""
     fit_and_test(args)
 
 
@@ -69,11 +70,20 @@ def completion(args: Sequence[str]) -> None:
 
 
 def fit_and_test(args: Sequence[str], show_results: bool = True) -> Path:
-    """Fit, then test from the record of the run; return its folder."""
-    cli = OODCLI(["fit", *args])
-    if not cli.settings.trainer.fast_dev_run:  # which leaves no checkpoint to test
-        OODCLI(["test", "--config", str(cli.folder / "config.yaml")], show_results)
-    return cli.folder
+    """Fit, then test from the record of the run, and return its folder; what is there already is not done again."""
+    try:
+        cli = OODCLI(["fit", *args])
+        folder = cli.folder
+        if cli.settings.trainer.fast_dev_run:  # which leaves no checkpoint to test
+            return folder
+    except FinishedRunError as finished:
+        folder = finished.folder
+        print(f"{folder} is fitted already")
+    if not (folder / "results.json").is_file():
+        OODCLI(["test", "--config", str(folder / "config.yaml")], show_results)
+    elif show_results:
+        print_results([read_results(folder)])
+    return folder
 
 
 COMPLETION = """_ood() {

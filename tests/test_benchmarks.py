@@ -71,7 +71,11 @@ def test_contenders_take_turns_after_one_call_each(monkeypatch):
 
 
 def test_ratios_are_taken_pair_by_pair():
-    assert ratio([1.0, 20.0, 3.0], [1.0, 10.0, 1.0]) == (2.0, 1.0, 3.0)
+    assert ratio([1.0, 20.0, 3.0], [1.0, 10.0, 1.0]) == (2.0, 1.0, 3.0, True)
+
+
+def test_one_outlier_is_no_noise():
+    assert ratio([1.0, 9.0, 1.1, 1.0, 1.2], [1.0] * 5) == (1.1, 1.0, 9.0, False)
 
 
 def test_a_missed_target_is_called_missed():
@@ -80,6 +84,8 @@ def test_a_missed_target_is_called_missed():
     assert rows[0][4] == "<= 1.3: MISSED"
     assert [row[-1] for row in rows] == [">= 50: met", ">= 2: MISSED", ""]
     assert rows[2][6] == "not installed"
+    noise = {"limit": [1.0, 1.0], "ours": [1.0, 3.0]}
+    assert timing_rows("case", noise, 9, {"slow": 50}, judge=True)[0][4] == "<= 9: too noisy"
     assert "not judged" in timing_rows("case", seconds, 1.3, {"slow": 50}, judge=False)[0][4]
 
 

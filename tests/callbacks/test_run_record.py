@@ -126,6 +126,11 @@ def test_a_folder_with_checkpoints_of_something_else_is_refused(tmp_path):
 
 
 def test_a_damaged_record_is_named(tmp_path):
-    (tmp_path / "run.json").write_text("")
-    with pytest.raises(ValueError, match=r"run\.json is damaged"):
+    for content in ("", "{", "[]"):
+        (tmp_path / "run.json").write_text(content)
+        with pytest.raises(ValueError, match=r"run\.json is damaged"):
+            prepare_folder(tmp_path, CONFIG, overwrite=False)
+    (tmp_path / "run.json").write_text('{"status": "running"}')
+    (tmp_path / "config.yaml").write_text("a: [1")
+    with pytest.raises(ValueError, match=r"config\.yaml is damaged"):
         prepare_folder(tmp_path, CONFIG, overwrite=False)

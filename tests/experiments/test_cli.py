@@ -81,6 +81,18 @@ def test_a_finished_run_is_refused_then_overwritten_on_request(finished, capsys)
     assert not (finished / "results.json").exists()
 
 
+def test_run_does_not_repeat_what_is_done(finished, capsys):
+    before = (finished / "last.ckpt").stat().st_mtime_ns
+    assert main(["run", "--config", DIGITS, *QUICK]) == 0
+    assert "is fitted already" in capsys.readouterr().out
+    (finished / "results.json").unlink()  # as if it had been cut off before the test
+    assert main(["run", "--config", DIGITS, *QUICK]) == 0
+    assert (finished / "results.json").is_file()
+    assert (finished / "last.ckpt").stat().st_mtime_ns == before
+    assert main(["run", "--config", DIGITS, *QUICK, "--trainer.max_epochs", "3"]) == 2
+    assert "finished run of another configuration" in capsys.readouterr().err
+
+
 def test_a_run_is_not_lost_to_one_that_cannot_start(finished):
     before = {path.name for path in finished.iterdir()}
     overwrite = ["fit", "--config", DIGITS, *QUICK, "--overwrite", "true"]
@@ -298,6 +310,8 @@ class Own(Backbone):
         (["--trainer.max_epoch", "1"], "unknown key trainer.max_epoch; did you mean trainer.max_epochs"),
         (["--evaluation.rules", "heta"], "there are default, heat, unleashing_mask"),
         (["--model.init_args.backbone.init_args.num_classes", "7"], "DigitsNet has 7 classes, the ID data of Digits 6"),
+        (["--data.init_args.mean", "[123]", "--data.init_args.std", "[58]"], "mean and std are for images in [0, 1]"),
+        (["--model.init_args.optimizer", "torch.optim.SDG"], "did you mean SGD"),
         (["--data.init_args.mean", "null", "--data.init_args.std", "null"], "nobody normalises"),
         (["--model.init_args.backbone.init_args.weights", "no.pt"], "no weights at"),
         (["--model.init_args.backbone.init_args.weights", "run:classifier/nothing"], "make classifier-nothing"),
