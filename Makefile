@@ -9,10 +9,11 @@ SETTINGS := $(filter-out _%,$(patsubst experiments/%.yaml,%,$(wildcard experimen
 TARGETS := $(subst /,-,$(SETTINGS))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format bench completion clean $(TARGETS)
+.PHONY: help demo data-check test test-slow lint format bench completion clean $(TARGETS)
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-28s %s\n", $$1, $$2}' Makefile
+	@printf '  make %-28s %s\n' 'data-<name>' 'download a set of images, as data-check names it'
 	@printf '\nExperiments: fit, then test of the checkpoint that the method selects (SEEDS="0 1 2", ARGS="...")\n'
 	@for target in $(TARGETS); do printf '  make %s\n' $$target; done
 
@@ -24,6 +25,12 @@ $(TARGETS): .venv/installed
 		$(RUN) run --config experiments/$(subst -,/,$@).yaml --seed_everything $$seed $(ARGS) || exit 1; \
 	done
 	@$(if $(word 2,$(SEEDS)),$(RUN) metrics $(foreach seed,$(SEEDS),$(or $(OOD_CHECKPOINTS),checkpoints)/$(subst -,/,$@)/seed$(seed)))
+
+data-check: .venv/installed ## list every set of images: there or not, complete or not, and how to get it
+	@$(RUN) data check $(ARGS)
+
+data-%: .venv/installed
+	@$(RUN) data get $* $(ARGS)
 
 test: .venv/installed ## run the tests
 	.venv/bin/python -m pytest $(ARGS)

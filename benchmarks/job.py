@@ -12,8 +12,9 @@ from torch.nn import functional as F
 
 from backbones.backbone import Backbone
 from callbacks.evaluation import OODEvaluation
-from datamodules.datamodule import OODDataModule, OODSet, Sets
+from datamodules.datamodule import OODDataModule
 from datamodules.images import ArrayImages
+from datamodules.sets import OODSet, Sets
 from lightning_modules.classifier import Classifier
 from lightning_modules.scores.gaussian import GMMEnergy, Mahalanobis
 from lightning_modules.scores.knn import KNN

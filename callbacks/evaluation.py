@@ -4,6 +4,7 @@ import re
 import shutil
 import time
 from collections import defaultdict
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,7 @@ class OODEvaluation(Callback):
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gather, compute, write, log."""
         module, data = _parts(trainer, pl_module)
-        samples = self._gather(trainer)
+        samples = self._gather(trainer, data)
         images = int(sum_over_processes(torch.tensor(self._images, device=pl_module.device)))
         if not trainer.is_global_zero:
             return
@@ -143,9 +144,10 @@ class OODEvaluation(Callback):
             rank_zero_info(f"results: {self.folder / 'results.json'}")
         self._log(trainer, self._draw(samples, data, module))
 
-    def _gather(self, trainer: Trainer) -> Samples:
+    def _gather(self, trainer: Trainer, data: OODDataModule) -> Samples:
         """Join the rows of all processes: each id exactly once, in order."""
         parts: list[dict[str, np.ndarray]] = []
+        repeats: dict[str, np.ndarray] = {}
         splits = [name for name in _loaders(trainer) if name not in FIT_LOADERS]
         for index, split in enumerate(splits):
             ids, labels, predictions, scores = zip(*self._rows[split], strict=True)
@@ -161,9 +163,12 @@ class OODEvaluation(Callback):
             if (np.diff(columns["ids"]) <= 0).any():
                 raise RuntimeError(f"an image of {split} was evaluated twice: its sampler repeats ids")
             parts.append(columns | {"split": np.full(len(order), index)})
+            drawings = data.repeats.get(split, [])
+            if len(drawings) > 1 and len(order) == data.sizes[split]:  # limit_test_batches would cut into each drawing
+                repeats[split] = torch.stack(drawings).numpy()
         merged = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         keys = {name: merged.pop(name) for name in ("split", "ids", "labels", "predictions")}
-        return Samples(tuple(splits), scores=merged, **keys)
+        return Samples(tuple(splits), scores=merged, repeats=repeats, **keys)
 
     def _identity(self, trainer: Trainer, module: OODModule, data: OODDataModule) -> dict[str, Any]:
         """Say what was evaluated, on what, by what."""
@@ -174,6 +179,7 @@ class OODEvaluation(Callback):
         outliers = None
         if data.outlier_feed is not None:
             outliers = {
+                "source": data.sets["outliers"].source,
                 "feed": data.outlier_feed,
                 "size": data.sizes["outliers"],
                 "fingerprint": data.fingerprints["outliers"],
@@ -185,6 +191,10 @@ class OODEvaluation(Callback):
             "method": type(module).__name__,
             "seed": data.seed,
             "num_classes": data.num_classes,
+            "protocol": data.protocol,
+            "known": data.known,
+            "subset": asdict(data.subset),
+            "ood_subset": asdict(data.ood_subset),
             "checkpoint": None if checkpoint is None else Path(checkpoint).name,
             "epoch": epoch,
             "git_revision": git_revision(),

@@ -5,7 +5,7 @@ The schema is written down in ``checkpoints/README.md``.
 
 import csv
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,11 @@ def summarize(
 ) -> dict[str, Any]:
     """Compute every number of ``results.json`` that follows from the scores alone.
 
+    Where an OOD set was drawn from repeatedly, its row holds the mean of each metric over the drawings and, of the
+    headline ones, the sample standard deviation (over R - 1) as ``<metric>_std``. Its bounds are those of one drawing,
+    averaged: a mean varies less than one drawing, so they are wide enough for it, and wider than they need be. The
+    standard deviation is the effect of the choice of images alone and no substitute for them.
+
     Args:
         samples: the per-image table.
         groups: OOD set -> ``near`` or ``far``.
@@ -51,31 +56,26 @@ def summarize(
         quantiles = {name: threshold_at_tpr(held_out[name], name=f"{name} on calibration") for name in held_out}
         thresholds = {name: value for name, value in quantiles.items() if np.isfinite(value)}  # JSON has no infinity
     rows = []
+    drawings = {ood_set: samples.drawings(ood_set) for ood_set in samples.ood_sets}
     for name in known.scores:
-        for ood_set in samples.ood_sets:
-            unknown = samples.of(ood_set)
-            ranking = rank(known.scores[name], unknown.scores[name], name=f"{name} on {ood_set}")
+        for ood_set, drawn in drawings.items():
             row: dict[str, Any] = {"score": name, "ood_set": ood_set, "group": groups[ood_set]}
-            row |= {"id_count": len(known.ids), "ood_count": len(unknown.ids)}
-            row |= headline(ranking, rules)
-            if replicates:
-                for metric, (low, high) in bootstrap(ranking, rules, replicates, confidence).items():
-                    row |= {f"{metric}_low": low, f"{metric}_high": high}
-            row["detection_accuracy"] = detection_accuracy(ranking)
-            if correct.any():
-                pair = known.scores[name], unknown.scores[name], correct
-                row |= {"cauroc": cauroc(*pair), "oscr": oscr(*pair)}
-            if name in thresholds:
-                labels, predictions, scores = (
-                    np.concatenate(pair)
-                    for pair in (
-                        (known.labels, unknown.labels),
-                        (known.predictions, unknown.predictions),
-                        (known.scores[name], unknown.scores[name]),
-                    )
-                )
-                row["macro_f1"] = macro_f1(labels, predictions, scores, thresholds[name], num_classes)
-            rows.append(row)
+            row |= {"id_count": len(known.ids), "ood_count": len(drawn[0].ids)}
+            measured = []
+            for unknown in drawn:
+                ranking = rank(known.scores[name], unknown.scores[name], name=f"{name} on {ood_set}")
+                values = headline(ranking, rules)
+                if replicates:
+                    for metric, (low, high) in bootstrap(ranking, rules, replicates, confidence).items():
+                        values |= {f"{metric}_low": low, f"{metric}_high": high}
+                values["detection_accuracy"] = detection_accuracy(ranking)
+                if correct.any():
+                    pair = known.scores[name], unknown.scores[name], correct
+                    values |= {"cauroc": cauroc(*pair), "oscr": oscr(*pair)}
+                if name in thresholds:
+                    values["macro_f1"] = _macro_f1(known, unknown, name, thresholds[name], num_classes)
+                measured.append(values)
+            rows.append(row | _over_drawings(measured))
     means = [
         {"score": name, "group": group, "sets": len(members)}
         | {metric: float(np.mean([row[metric] for row in members])) for metric in HEADLINE}
@@ -90,6 +90,30 @@ def summarize(
         "rows": rows,
         "means": means,
     }
+
+
+def _macro_f1(known: Samples, unknown: Samples, name: str, threshold: float, num_classes: int) -> float:
+    labels, predictions, scores = (
+        np.concatenate(pair)
+        for pair in (
+            (known.labels, unknown.labels),
+            (known.predictions, unknown.predictions),
+            (known.scores[name], unknown.scores[name]),
+        )
+    )
+    return macro_f1(labels, predictions, scores, threshold, num_classes)
+
+
+def _over_drawings(measured: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Average what was measured on each drawing; a single one stays as it is."""
+    if len(measured) == 1:
+        return dict(measured[0])
+    columns = {key: [values[key] for values in measured] for key in measured[0]}
+    return (
+        {"repeats": len(measured)}
+        | {key: float(np.mean(values)) for key, values in columns.items()}
+        | {f"{metric}_std": float(np.std(columns[metric], ddof=1)) for metric in HEADLINE}
+    )
 
 
 def write_results(folder: Path, results: Mapping[str, Any]) -> None:

@@ -15,6 +15,8 @@ from pytorch_lightning.utilities import rank_zero_only
 from callbacks.loggers import MetricsCSV
 from callbacks.provenance import git_revision, hardware, package_versions
 from callbacks.results import read_json, write_json
+from datamodules.datamodule import OODDataModule
+from datamodules.duplicates import count_duplicates
 
 IGNORED = ("ckpt_path", "overwrite")  # how a run was started, not what it is
 FITTED_ON = ("train", "calibration")  # the splits that a test must find as the fit left them
@@ -50,11 +52,14 @@ class RunRecord(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):  # the CSV logger would write a second configuration file
                 logger.log_hyperparams(yaml.safe_load(self.config))
-        splits = {name: sha for name, sha in trainer.datamodule.fingerprints.items() if name in FITTED_ON}  # type: ignore[attr-defined]
+        data: OODDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        splits = {name: sha for name, sha in data.fingerprints.items() if name in FITTED_ON}
         record = read_run(self.folder)
         if stage == "fit":
             (self.folder / "config.yaml").write_text(self.config, encoding="utf-8")
             self._status = {"starts": [*record.get("starts", []), _now()], "splits": splits}
+            if data.outlier_feed is not None:
+                self._status["duplicates"] = record["duplicates"] if "duplicates" in record else find_duplicates(data)
             self._write(status="running", git_revision=git_revision(), packages=package_versions())
         elif changed := differences(record.get("splits", splits), splits, "fingerprint"):
             raise ValueError(f"these are not the ID training images that the run was fitted on\n{changed}")
@@ -104,6 +109,16 @@ class RunRecord(Callback):
     def _write(self, **entries: Any) -> None:
         self._status |= entries
         write_json(self.folder / "run.json", self._status)
+
+
+def find_duplicates(data: OODDataModule) -> dict[str, int]:
+    """Count the outliers that are also ID or OOD images, pixel for pixel, and warn of them."""
+    log.info("looking for outliers among the other images")
+    others = {name: images for name, images in data.sets.items() if name not in ("outliers", "fit")}
+    counts = count_duplicates(data.sets["outliers"], others)
+    for name, count in counts.items():
+        log.warning("%d of the %d outliers are also images of %s", count, data.sizes["outliers"], name)
+    return counts
 
 
 class FinishedRunError(FileExistsError):

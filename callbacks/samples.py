@@ -1,21 +1,21 @@
 """The per-image table behind every result: ``scores.npz``."""
 
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-SCORE = "score/"
+SCORE, REPEATS = "score/", "repeats/"
 
 
 @dataclass(frozen=True)
 class Samples:
     """One row for each evaluated image, grouped by split, in the order of its ids within each split.
 
-    ``scores.npz`` holds the same columns, scores under ``score/<name>``; nothing else is needed to compute every
-    metric again.
+    ``scores.npz`` holds the same columns, scores under ``score/<name>``, repeats under ``repeats/<OOD set>``; nothing
+    else is needed to compute every metric again.
 
     Attributes:
         splits: names of the splits: ``calibration`` (held-out ID training images, where there are any), ``id`` (ID test
@@ -25,6 +25,8 @@ class Samples:
         labels: (N,) class of an ID image, -1 for an OOD image.
         predictions: (N,) predicted class.
         scores: name -> (N,), higher = more OOD.
+        repeats: OOD set -> (R, n) ids of the n images in each of its R drawings, which may overlap; only of sets that
+            were drawn from more than once.
     """
 
     splits: tuple[str, ...]
@@ -33,14 +35,20 @@ class Samples:
     labels: NDArray[np.int64]
     predictions: NDArray[np.int64]
     scores: dict[str, NDArray[np.floating]]
+    repeats: dict[str, NDArray[np.int64]] = field(default_factory=dict)
 
     def of(self, split: str) -> "Samples":
         """Return the rows of one split."""
         if split not in self.splits:
             raise ValueError(f"no split {split!r} here; there are {', '.join(self.splits)}")
-        rows = self.split == self.splits.index(split)
-        scores = {name: values[rows] for name, values in self.scores.items()}
-        return Samples(self.splits, self.split[rows], self.ids[rows], self.labels[rows], self.predictions[rows], scores)
+        return self._take(self.split == self.splits.index(split))
+
+    def drawings(self, ood_set: str) -> list["Samples"]:
+        """Return the rows of each drawing from an OOD set; all its rows, once, where there were not several."""
+        rows = self.of(ood_set)
+        if ood_set not in self.repeats:
+            return [rows]
+        return [rows._take(np.isin(rows.ids, ids)) for ids in self.repeats[ood_set]]
 
     @property
     def ood_sets(self) -> tuple[str, ...]:
@@ -49,8 +57,9 @@ class Samples:
 
     def save(self, path: Path) -> None:
         """Write ``scores.npz``."""
-        scores = {SCORE + name: values for name, values in self.scores.items()}
         columns = {"split": self.split, "ids": self.ids, "labels": self.labels, "predictions": self.predictions}
+        columns |= {REPEATS + name: ids for name, ids in self.repeats.items()}
+        scores = {SCORE + name: values for name, values in self.scores.items()}
         np.savez_compressed(path, allow_pickle=False, splits=np.array(self.splits), **columns, **scores)
 
     @classmethod
@@ -59,7 +68,21 @@ class Samples:
         try:
             with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
                 columns = {name: stored[name] for name in stored.files}
-            scores = {name.removeprefix(SCORE): columns.pop(name) for name in list(columns) if name.startswith(SCORE)}
-            return cls(splits=tuple(str(name) for name in columns.pop("splits")), scores=scores, **columns)
+            scores, repeats = (
+                {name.removeprefix(kind): columns.pop(name) for name in list(columns) if name.startswith(kind)}
+                for kind in (SCORE, REPEATS)
+            )
+            splits = tuple(str(name) for name in columns.pop("splits"))
+            return cls(splits=splits, scores=scores, repeats=repeats, **columns)
         except (zipfile.BadZipFile, EOFError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not a readable scores.npz: {error}") from error
+
+    def _take(self, rows: NDArray[np.bool_]) -> "Samples":
+        return replace(
+            self,
+            split=self.split[rows],
+            ids=self.ids[rows],
+            labels=self.labels[rows],
+            predictions=self.predictions[rows],
+            scores={name: values[rows] for name, values in self.scores.items()},
+        )

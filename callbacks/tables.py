@@ -11,9 +11,11 @@ from callbacks.results import HEADLINE
 
 
 def results_table(runs: Sequence[Mapping[str, Any]]) -> Table:
-    """Lay out the rows of several ``results.json``: method x score, by OOD set; percent with confidence bounds."""
-    rules = runs[0]["metric_rules"]
-    table = Table(caption=describe_rules(rules), title="OOD detection, % (higher AUROC, lower FPR95 = better)")
+    """Lay out the rows of several ``results.json``: method x score, by OOD set; percent with confidence bounds.
+
+    The first run speaks for all about data and metrics.
+    """
+    table = Table(caption=describe(runs[0]), title="OOD detection, % (higher AUROC, lower FPR95 = better)")
     for column, justify in (("OOD set", "left"), ("method", "left"), ("score", "left")):
         table.add_column(column, justify=justify, no_wrap=True)  # type: ignore[arg-type]
     for column in ("AUROC", "FPR95", "AUPR-in", "AUPR-out"):
@@ -33,7 +35,10 @@ def results_table(runs: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def over_seeds(runs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Join the runs of one experiment, which differ in their seed: metrics become mean and ``_std`` (over n - 1)."""
+    """Join the runs of one experiment, which differ in their seed: metrics become mean and ``_std`` (over n - 1).
+
+    This takes the place of what a run says of repeated drawings from an OOD set.
+    """
     joined: list[Mapping[str, Any]] = []
     for experiment in dict.fromkeys(run["experiment"] for run in runs):
         members = [run for run in runs if run["experiment"] == experiment]
@@ -54,19 +59,51 @@ def over_seeds(runs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def print_results(runs: Sequence[Mapping[str, Any]]) -> None:
-    """Print a table for each reading of the metrics and, for each run, its ID accuracy and outliers.
+    """Print a table for each protocol, OOD subset and reading of the metrics; for each run, ID accuracy and outliers.
 
     Several runs of one experiment become one row: mean and standard deviation over their seeds.
     """
     console = Console()
     if not console.is_terminal:
         console = Console(width=120)
-    for rules in {describe_rules(run["metric_rules"]): run["metric_rules"] for run in runs}.values():
-        console.print(results_table(over_seeds([run for run in runs if run["metric_rules"] == rules])))
+    for description in dict.fromkeys(map(describe, runs)):
+        console.print(results_table(over_seeds([run for run in runs if describe(run) == description])))
     for run in runs:
-        outliers = "none" if run["outliers"] is None else f"{run['outliers']['size']} images, {run['outliers']['feed']}"
+        outliers = "none"
+        if run["outliers"] is not None:
+            outliers = "{size} images of {source}, {feed}".format_map(run["outliers"])
         line = f"{run['experiment']}/{run['name']}: ID accuracy {100 * run['id_accuracy']:.2f}%, outliers: {outliers}"
-        console.print(line + (", TRUNCATED evaluation" if run["truncated"] else ""), highlight=False, soft_wrap=True)
+        line += ", TRUNCATED evaluation" if run["truncated"] else ""
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def describe(run: Mapping[str, Any]) -> str:
+    """Say in words what must be the same where numbers are compared: the data, and the reading of the metrics."""
+    parts = [
+        run["protocol"] and f"protocol: {run['protocol']}",
+        run["known"] and f"open set: the first {run['known']} classes are ID",
+        run["subset"]["num_labels"] and f"{run['subset']['num_labels']} of the classes",
+        run["subset"]["fraction"] < 1 and f"{100 * run['subset']['fraction']:g}% of the ID training images",
+        describe_subset(run["ood_subset"]),
+        describe_rules(run["metric_rules"]),
+    ]
+    return "; ".join(filter(None, parts))
+
+
+def describe_subset(subset: Mapping[str, Any]) -> str:
+    """Say in words which images of each OOD set a result is about; nothing where it is about all.
+
+    >>> describe_subset({"rule": "first", "count": 2000, "repeats": 1})
+    'OOD: first 2,000 of each set'
+    """
+    if subset["rule"] == "all":
+        return ""
+    if subset["rule"] == "first":
+        return f"OOD: first {subset['count']:,} of each set"
+    if subset["repeats"] == 1:
+        return f"OOD: a random draw of {subset['count']:,} of each set"
+    draws = f"{subset['repeats']} random draws of {subset['count']:,}"
+    return f"OOD: {draws} of each set (± over the draws, or over the seeds where there are several)"
 
 
 def describe_rules(rules: Mapping[str, Any]) -> str:

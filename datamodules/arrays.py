@@ -8,10 +8,11 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image
 
-from datamodules.datamodule import Group, OODDataModule, OODSet, Sets
-from datamodules.images import MODES, ArrayImages, Resize, anchored, fit_size
+from datamodules.datamodule import OODDataModule
+from datamodules.fitting import MODES, Fit, Resize, fit_arrays
+from datamodules.images import ArrayImages, anchored
+from datamodules.sets import Group, OODSet, Sets
 
 
 @dataclass
@@ -96,7 +97,11 @@ def load_arrays(source: ArraySet, size: tuple[int, int] | None = None, labelled:
         raise ValueError(f"{source.path}: ID images need `labels`, an integer array with one value for each image")
     images = images[: source.limit]
     labels = np.full(len(images), -1) if labels is None else labels[: source.limit]
-    images = _convert(images, size if source.resize is not None else None, source)
+    channels = source.channels or images.shape[3]
+    if channels not in MODES:
+        raise ValueError(f"{source.path}: channels must be 1 (grey) or 3 (colour), got {channels}")
+    height, width = size if size is not None and source.resize is not None else images.shape[1:3]
+    images = fit_arrays(images, Fit((channels, height, width), source.resize), source.path)
     return ArrayImages(torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels), source.path)
 
 
@@ -135,21 +140,3 @@ def read_arrays(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
         row = int(np.argmax(labels != np.floor(labels))) if labels.dtype.kind == "f" else 0
         raise ValueError(f"{path}: labels must be integers, these are {labels.dtype}, row {row} has {labels[row]}")
     return images, labels.astype(np.int64)
-
-
-def _convert(images: np.ndarray, size: tuple[int, int] | None, source: ArraySet) -> np.ndarray:
-    """Bring (N, H, W, C) images to the set's channels and, if given, to ``size``."""
-    channels = source.channels or images.shape[3]
-    if channels not in MODES:
-        raise ValueError(f"{source.path}: channels must be 1 (grey) or 3 (colour), got {channels}")
-    if images.shape[1:] == (*(size or images.shape[1:3]), channels):
-        return images
-    fitted = []
-    for row, pixels in enumerate(images):
-        image = Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[..., 0]).convert(MODES[channels])
-        try:
-            image = fit_size(image, size or (image.height, image.width), source.resize)
-        except ValueError as error:
-            raise ValueError(f"{source.path}, row {row}: {error}") from error
-        fitted.append(np.asarray(image))
-    return np.stack(fitted).reshape(len(images), *fitted[0].shape[:2], channels)

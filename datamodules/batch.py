@@ -9,7 +9,8 @@ class Batch(NamedTuple):
     """B images of one set.
 
     Attributes:
-        images: (B, C, H, W); uint8 as loaded, float32 in [0, 1] or normalised once on the device.
+        images: (B, C, H, W); as loaded uint8, or float32 with 1 for white; float32 in [0, 1] or normalised once on the
+            device.
         labels: (B,) int64 in 0..K-1; -1 = outlier, or not an ID image.
         ids: (B,) int64, the row of each image in the loader's set; each row has its own.
     """

@@ -2,50 +2,20 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence, Sized
-from dataclasses import dataclass
 from typing import Any, Literal, cast
 
-import numpy as np
 import torch
 from pytorch_lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from datamodules.augmentation import random_crop, random_flip
+from datamodules.augmentation import Augmentation
 from datamodules.batch import Batch, TrainingBatch
-from datamodules.images import ImageSet, Rows, WithOutliers, stratified_split
+from datamodules.images import ImageSet, Rows, WithOutliers, to_float
 from datamodules.loader import Loader
 from datamodules.plans import BatchPlan, PairedPlan, Plan
-
-Group = Literal["near", "far"]
-RESERVED = ("train", "fit", "fit_2", "calibration", "id", "outliers")
-
-
-@dataclass
-class OODSet:
-    """OOD test images, and whether they are near to the ID data or far from it."""
-
-    images: ImageSet
-    group: Group = "far"
-
-
-@dataclass
-class Sets:
-    """What a data module is made of.
-
-    Attributes:
-        train: ID training images; ``None`` where nothing is trained or fitted.
-        test: ID test images.
-        ood: OOD test images by name.
-        outliers: auxiliary outliers for training, disjoint from the OOD test images.
-        classes: names of the ID classes 0..K-1.
-    """
-
-    train: ImageSet | None
-    test: ImageSet
-    ood: dict[str, OODSet]
-    outliers: ImageSet | None
-    classes: list[str]
+from datamodules.sets import Group, Sets
+from datamodules.splits import OODSubset, Subset, draw, stratified_split
 
 
 class OODDataModule(LightningDataModule, ABC):
@@ -55,8 +25,10 @@ class OODDataModule(LightningDataModule, ABC):
         num_classes, classes, image_shape, groups, sets, sizes, fingerprints: known after ``setup``: K; names of the K
             classes; (C, H, W); OOD set -> near or far; and by name of split (``train``, ``fit``, ``calibration``,
             ``id``, ``outliers``, or an OOD set) the images, their number, and the SHA-256 of what they are.
+        repeats: known after ``setup``: OOD set -> for each repeat of ``ood_subset``, the ids of its images.
         normalizes: whether images are normalised here rather than by the network.
         fit_passes: how often ``test_dataloader`` presents the training images first; the evaluation says so.
+        protocol: whose experiments the data follow, where a subclass knows any.
         remedy: what a subclass lets a user do about sets of different shape.
 
     Args:
@@ -69,8 +41,10 @@ class OODDataModule(LightningDataModule, ABC):
         mean: constants of each channel, or one for all, for images in [0, 1]; left out with ``std`` where the network
             normalises itself. Mean [0], std [1] leaves images in [0, 1].
         std: see ``mean``.
-        crop_padding: zero pixels around a training image before a window of its size is cut out; 0: no random crop.
-        flip: whether training images are mirrored at random.
+        augmentation: what is done to training images at random; nothing where not given.
+        known: only the first so many classes are ID; the test images of the others are the OOD set ``unknown``.
+        subset: take less ID data than there is.
+        ood_subset: which images of each OOD set are tested on; all where not given.
         outlier_feed: how outliers come into training: ``paired`` puts a fixed number into each batch, ``mixed``
             shuffles them among the ID images; ``None``: not at all.
         outlier_ratio: outliers for each ID row of a paired batch.
@@ -84,7 +58,9 @@ class OODDataModule(LightningDataModule, ABC):
     sets: dict[str, ImageSet]
     sizes: dict[str, int]
     fingerprints: dict[str, str]
+    repeats: dict[str, list[Tensor]]
     fit_passes: int = 0
+    protocol: str | None = None
     remedy: str = ""
 
     def __init__(
@@ -97,15 +73,17 @@ class OODDataModule(LightningDataModule, ABC):
         val_split: float = 0.0,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
-        crop_padding: int = 0,
-        flip: bool = False,
+        augmentation: Augmentation | None = None,
+        known: int | None = None,
+        subset: Subset | None = None,
+        ood_subset: OODSubset | None = None,
         outlier_feed: Literal["paired", "mixed"] | None = None,
         outlier_ratio: float = 1.0,
         fit_limit: int | None = None,
     ) -> None:
         super().__init__()
         at_least_1 = {"batch_size": batch_size, "eval_batch_size": eval_batch_size, "fit_limit": fit_limit}
-        at_least_0 = {"num_workers": num_workers, "seed": seed, "split_seed": split_seed, "crop_padding": crop_padding}
+        at_least_0 = {"num_workers": num_workers, "seed": seed, "split_seed": split_seed}
         for least, values in ((1, at_least_1), (0, at_least_0)):
             for name, value in values.items():
                 if value is not None and value < least:
@@ -118,10 +96,11 @@ class OODDataModule(LightningDataModule, ABC):
             raise ValueError(f"mean and std are for images in [0, 1], std above 0; got mean={mean}, std={std}")
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
         self.num_workers, self.seed, self.split_seed, self.val_split = num_workers, seed, split_seed, val_split
-        self.mean, self.std, self.crop_padding, self.flip = mean, std, crop_padding, flip
+        self.mean, self.std, self.augmentation = mean, std, augmentation or Augmentation()
+        self.known, self.subset, self.ood_subset = known, subset or Subset(), ood_subset or OODSubset()
         self.outlier_feed, self.outlier_ratio, self.fit_limit = outlier_feed, outlier_ratio, fit_limit
         self.normalizes = mean is not None
-        self.sets = {}
+        self.sets, self.repeats = {}, {}
         self._served: Dataset[Any] | None = None
 
     @abstractmethod
@@ -133,11 +112,22 @@ class OODDataModule(LightningDataModule, ABC):
         if self.sets:
             return
         sets = self.load()
+        sets.check(self.remedy)
         self._check(sets)
+        sets = sets.subset(self.subset, self.split_seed)
+        if self.known is not None:
+            sets = sets.open(self.known)
         self.classes, self.num_classes, self.image_shape = sets.classes, len(sets.classes), sets.test.shape
         self.groups = {name: ood.group for name, ood in sets.ood.items()}
         splits = self._split(sets.train) if sets.train is not None else {}
-        splits |= {"id": sets.test} | {name: ood.images.as_outliers() for name, ood in sets.ood.items()}
+        splits["id"] = sets.test
+        for name, ood in sets.ood.items():
+            repeats = self.ood_subset.draw(len(ood.images), self.split_seed)
+            rows = torch.cat(repeats).unique()
+            self.repeats[name] = [torch.searchsorted(rows, repeat) for repeat in repeats]
+            splits[name] = (
+                Rows(ood.images, rows).as_outliers() if len(rows) < len(ood.images) else ood.images.as_outliers()
+            )
         if sets.outliers is not None:
             splits["outliers"] = sets.outliers.as_outliers()
         self.sizes = {name: len(images) for name, images in splits.items()}
@@ -190,25 +180,20 @@ class OODDataModule(LightningDataModule, ABC):
         self._served = rows
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Turn uint8 batches into float32 in [0, 1]; augment those for training; normalise if that is done here."""
-        if not isinstance(batch, Batch) or batch.images.dtype != torch.uint8:
+        """Turn bytes into float32 in [0, 1]; augment batches for training; normalise if that is done here."""
+        if not isinstance(batch, Batch):
             return batch
         images, labels, ids = batch
         if isinstance(batch, TrainingBatch):
-            images = self._augment(images, ids)
-        images = images.float() / 255
+            epoch = self.trainer.current_epoch if self.trainer is not None else 0
+            images = self.augmentation(images, ids, self.seed, epoch)
+        images = to_float(images)
         if self.mean is not None and self.std is not None:
             mean, std = (torch.tensor(values, device=images.device).view(-1, 1, 1) for values in (self.mean, self.std))
             images = (images - mean) / std
         batch = Batch(images, labels, ids)
         # Lightning converts to the trainer's precision before the transfer, when the images are still bytes.
         return batch if self.trainer is None else self.trainer.precision_plugin.convert_input(batch)
-
-    def _augment(self, images: Tensor, ids: Tensor) -> Tensor:
-        epoch = self.trainer.current_epoch if self.trainer is not None else 0
-        if self.crop_padding:
-            images = random_crop(images, self.crop_padding, ids, self.seed, epoch)
-        return random_flip(images, ids, self.seed, epoch) if self.flip else images
 
     def _training_images(self) -> ImageSet:
         if "train" not in self.sets:
@@ -238,44 +223,18 @@ class OODDataModule(LightningDataModule, ABC):
             splits = {"train": Rows(train, kept), "calibration": Rows(train, held_out)}
         fit = splits["train"]
         if self.fit_limit is not None and self.fit_limit < len(fit):
-            drawn = np.random.default_rng(self.split_seed).choice(len(fit), self.fit_limit, replace=False)
-            fit = Rows(fit, torch.from_numpy(np.sort(drawn)))
+            fit = Rows(fit, draw(len(fit), self.fit_limit, self.split_seed))
         return {"train": splits.pop("train"), "fit": fit} | splits
 
     def _check(self, sets: Sets) -> None:
-        """Raise a ``ValueError`` in words where the sets do not go together, or not with the options."""
-        if clash := sorted(set(sets.ood) & set(RESERVED)):
-            raise ValueError(f"an OOD set cannot be called {', '.join(clash)}: these names are taken")
+        """Raise a ``ValueError`` in words where the options do not go with the sets."""
         if self.val_split and sets.train is None:
             raise ValueError(f"val_split={self.val_split} holds out ID training images, but there are none")
         if self.outlier_feed is not None and sets.outliers is None:
             raise ValueError(f"outlier_feed={self.outlier_feed!r} needs outliers, but the data has none")
-        named = {"train": sets.train, "test": sets.test, "outliers": sets.outliers}
-        present = {name: images for name, images in named.items() if images is not None}
-        present |= {f"ood {name}": ood.images for name, ood in sets.ood.items()}
-        for name, images in present.items():
-            if images.shape != sets.test.shape:
-                raise ValueError(
-                    f"set {name} ({images.source}) has images of shape {images.shape} (C, H, W), set test "
-                    f"({sets.test.source}) of {sets.test.shape}: all must agree. {self.remedy}".rstrip()
-                )
-            if not len(images):
-                raise ValueError(f"set {name} ({images.source}) has no images")
-            if name in ("train", "test"):
-                _check_labels(images, len(sets.classes))
         for option, values in (("mean", self.mean), ("std", self.std)):
             if values is not None and len(values) not in (1, sets.test.shape[0]):
                 raise ValueError(f"{option} has {len(values)} values, the images have {sets.test.shape[0]} channels")
-
-
-def _check_labels(images: ImageSet, num_classes: int) -> None:
-    wrong = ((images.labels < 0) | (images.labels >= num_classes)).nonzero().flatten()
-    if len(wrong):
-        row = int(wrong[0])
-        raise ValueError(
-            f"{images.source}: label {int(images.labels[row])} in row {row} is not one of the {num_classes} classes "
-            f"0..{num_classes - 1}"
-        )
 
 
 def _mark_for_training(batch: Any) -> Any:

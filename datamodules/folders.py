@@ -1,15 +1,19 @@
 """Images that lie as files in folders."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from datamodules.datamodule import Group, OODDataModule, OODSet, Sets
-from datamodules.images import FolderImages, Resize, anchored
+from datamodules.datamodule import OODDataModule
+from datamodules.fitting import Fit, Resize
+from datamodules.images import FolderImages, anchored
+from datamodules.sets import Group, OODSet, Sets
 
 
 @dataclass
@@ -38,8 +42,8 @@ class Folders(OODDataModule):
         train: folder of ID training images, with the same classes.
         ood: OOD test images by name.
         outliers: auxiliary outliers for training.
-        resize: ``squash`` both sides, ``crop`` the centre after scaling the shorter side, or ``pad`` with black; where
-            not given, an image of another size is an error.
+        resize: ``squash`` both sides, ``crop`` the centre after scaling the shorter side, or another of
+            ``fit_size``; where not given, an image of another size is an error.
         channels: 3: all are made RGB; 1: all are made grey.
         kwargs: as for ``OODDataModule``.
     """
@@ -58,8 +62,8 @@ class Folders(OODDataModule):
         super().__init__(**kwargs)
         if channels not in (1, 3):
             raise ValueError(f"channels must be 1 (grey) or 3 (colour), got {channels}")
-        self.train, self.test, self.ood, self.outliers, self.resize = train, test, ood or {}, outliers, resize
-        self.served_shape = (channels, image_size[0], image_size[1])
+        self.train, self.test, self.ood, self.outliers = train, test, ood or {}, outliers
+        self.fit = Fit((channels, *image_size), resize)
 
     def load(self) -> Sets:
         """List the files; they are decoded when they are served."""
@@ -72,23 +76,22 @@ class Folders(OODDataModule):
         return Sets(
             train=self._labelled(self.train, classes) if self.train is not None else None,
             test=self._labelled(self.test, classes),
-            ood={name: OODSet(self._unlabelled(ood), ood.group) for name, ood in self.ood.items()},
-            outliers=self._unlabelled(self.outliers) if self.outliers is not None else None,
+            ood={name: OODSet(read_folder(ood, self.fit), ood.group) for name, ood in self.ood.items()},
+            outliers=read_folder(self.outliers, self.fit) if self.outliers is not None else None,
             classes=classes,
         )
 
     def _labelled(self, path: str, classes: list[str]) -> FolderImages:
-        members = [find_images(anchored(path) / name) for name in classes]
-        names = [f"{name}/{file}" for name, files in zip(classes, members, strict=True) for file in files]
-        labels = torch.repeat_interleave(torch.tensor([len(files) for files in members]))
-        return FolderImages(anchored(path), names, labels, self.served_shape, self.resize)
+        return FolderImages(anchored(path), *label_images(anchored(path), classes), self.fit)
 
-    def _unlabelled(self, source: FolderSet) -> FolderImages:
-        if source.limit is not None and source.limit < 1:
-            raise ValueError(f"{source.path}: limit must be at least 1, got {source.limit}")
-        names = find_images(anchored(source.path))[: source.limit]
-        labels = torch.full((len(names),), -1)
-        return FolderImages(anchored(source.path), names, labels, self.served_shape, source.resize or self.resize)
+
+def read_folder(source: FolderSet, fit: Fit) -> FolderImages:
+    """List the images of a folder, without labels; where the set says how to resize, that holds."""
+    if source.limit is not None and source.limit < 1:
+        raise ValueError(f"{source.path}: limit must be at least 1, got {source.limit}")
+    root = anchored(source.path)
+    names = find_images(root)[: source.limit]
+    return FolderImages(root, names, torch.full((len(names),), -1), fit._replace(resize=source.resize or fit.resize))
 
 
 def find_classes(root: Path) -> list[str]:
@@ -100,8 +103,17 @@ def find_classes(root: Path) -> list[str]:
     return classes
 
 
+def label_images(root: Path, classes: Sequence[str]) -> tuple[list[str], Tensor]:
+    """List the image files of the sub-folders named ``classes``, and (N,) labels: which of these each lies in."""
+    members = [find_images(root / name) for name in classes]
+    names = [f"{name}/{file}" for name, files in zip(classes, members, strict=True) for file in files]
+    return names, torch.repeat_interleave(torch.tensor([len(files) for files in members]))
+
+
 def find_images(root: Path) -> list[str]:
-    """List the image files below a folder, relative to it and sorted; hidden files and folders are left out.
+    """List the image files below a folder, relative to it; hidden files and folders are left out.
+
+    They are sorted folder by folder: ``a/z.png`` comes before ``a-b/a.png``, although "-" comes before "/".
 
     Raises:
         FileNotFoundError: there is no such folder, or one of the files is a link to nothing.
@@ -117,7 +129,8 @@ def find_images(root: Path) -> list[str]:
         raise ValueError(f"no image below folder {root}: looked for files that end in {', '.join(IMG_EXTENSIONS)}")
     if broken := [path for path in found if not path.exists()]:
         raise FileNotFoundError(f"image {broken[0]} is a link to a file that does not exist")
-    return sorted(path.relative_to(root).as_posix() for path in found)
+    relative = sorted((path.relative_to(root) for path in found), key=lambda path: path.parts)
+    return [path.as_posix() for path in relative]
 
 
 def _check_folder(root: Path) -> None:

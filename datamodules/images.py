@@ -6,18 +6,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from datamodules.batch import Batch
+from datamodules.fitting import Fit, read_image
 
-Resize = Literal["squash", "crop", "pad"]
-MODES = {1: "L", 3: "RGB"}
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -27,12 +23,16 @@ class ImageSet(Dataset[Batch], ABC):
     Attributes:
         shape: (C, H, W).
         labels: (N,) int64; -1 = not an ID image.
-        source: where the images come from, for error messages.
+        source: what the set is called in messages and records.
+        origin: the collection that the pictures were taken from; sets of one origin may share pictures. Empty: unknown.
+        classes: names of the labels, where the set knows them.
     """
 
     shape: tuple[int, int, int]
     labels: Tensor
     source: str
+    origin: str = ""
+    classes: Sequence[str] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -42,7 +42,7 @@ class ImageSet(Dataset[Batch], ABC):
 
     @abstractmethod
     def read(self, rows: Tensor) -> Tensor:
-        """Return the images of (B,) rows, uint8 (B, C, H, W); B may be 0."""
+        """Return the images of (B,) rows, (B, C, H, W), uint8 or float32 with 1 for white; B may be 0."""
 
     @property
     @abstractmethod
@@ -93,36 +93,42 @@ class FolderImages(ImageSet):
         root: folder of the files.
         names: the files, relative to ``root``.
         labels: (N,) int64.
-        shape: (C, H, W), C being 3 (RGB) or 1 (grey): to what images are converted.
-        resize: how files of another size are made to fit; ``None``: they are an error.
+        fit: to what images are converted.
+        invert: whether black and white are exchanged.
     """
 
-    def __init__(
-        self, root: Path, names: Sequence[str], labels: Tensor, shape: tuple[int, int, int], resize: Resize | None
-    ) -> None:
-        self.root, self.names, self.labels, self.shape, self.resize = root, names, labels, shape, resize
-        self.source = str(root)
+    def __init__(self, root: Path, names: Sequence[str], labels: Tensor, fit: Fit, invert: bool = False) -> None:
+        self.root, self.names, self.labels, self.fit, self.invert = root, names, labels, fit, invert
+        self.shape, self.source = fit.shape, str(root)
 
     def read(self, rows: Tensor) -> Tensor:
         """Decode the rows."""
         images = torch.empty((len(rows), *self.shape), dtype=torch.uint8)
         for image, row in zip(images, rows.tolist(), strict=True):
-            pixels = read_image(self.root / self.names[row], self.shape, self.resize)
+            pixels = read_image(self.root / self.names[row], self.fit)
             image.copy_(torch.from_numpy(pixels).view(*self.shape[1:], -1).permute(2, 0, 1))
-        return images
+        return 255 - images if self.invert else images
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the relative names, the file sizes and how they are resized."""
-        return sha256(str(self.resize), *(f"{name}\0{(self.root / name).stat().st_size}\0" for name in self.names))
+        """SHA-256 of the relative names, the file sizes and how they are converted."""
+        conversion = f"{self.fit.resize}{' inverted' * self.invert}"
+        return sha256(conversion, *(f"{name}\0{(self.root / name).stat().st_size}\0" for name in self.names))
 
 
 class Rows(ImageSet):
-    """Some rows of a set, as a set of their own: ids count from 0."""
+    """Some rows of a set, as a set of their own: ids count from 0.
 
-    def __init__(self, images: ImageSet, rows: Tensor) -> None:
+    Args:
+        images: the whole set.
+        rows: (N,) which.
+        labels: of all images of the whole set, where they are not to be its own.
+    """
+
+    def __init__(self, images: ImageSet, rows: Tensor, labels: Tensor | None = None) -> None:
         self.images, self.rows = images, rows
-        self.shape, self.labels, self.source = images.shape, images.labels[rows], images.source
+        self.labels = (images.labels if labels is None else labels)[rows]
+        self.shape, self.source, self.origin = images.shape, images.source, images.origin
 
     def read(self, rows: Tensor) -> Tensor:
         """Read from the whole set."""
@@ -145,9 +151,11 @@ class WithOutliers(ImageSet):
     def read(self, rows: Tensor) -> Tensor:
         """Read each row from the set it belongs to, keeping the order."""
         inside = rows < len(self.known)
-        images = torch.empty((len(rows), *self.shape), dtype=torch.uint8)
-        images[inside] = self.known.read(rows[inside])
-        images[~inside] = self.outliers.read(rows[~inside] - len(self.known))
+        parts = self.known.read(rows[inside]), self.outliers.read(rows[~inside] - len(self.known))
+        both_bytes = all(part.dtype == torch.uint8 for part in parts)
+        known, outliers = (part if both_bytes else to_float(part) for part in parts)
+        images = torch.empty((len(rows), *self.shape), dtype=known.dtype)
+        images[inside], images[~inside] = known, outliers
         return images
 
     @cached_property
@@ -156,63 +164,9 @@ class WithOutliers(ImageSet):
         return sha256(self.known.digest, self.outliers.digest)
 
 
-def read_image(path: Path, shape: tuple[int, int, int], resize: Resize | None) -> np.ndarray:
-    """Decode a file to uint8 (H, W, 3), or (H, W) for one channel; ``ValueError`` naming the file if that fails."""
-    try:
-        with Image.open(path) as image:
-            if image.mode.startswith(("I", "F")):
-                raise ValueError(f"pixels are of mode {image.mode}, not 8 bits a channel")
-            return np.array(fit_size(image.convert(MODES[shape[0]]), shape[1:], resize))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot use image {path}: {error}") from error
-
-
-def fit_size(image: Image.Image, size: tuple[int, int], resize: Resize | None) -> Image.Image:
-    """Bring an image to ``size`` (H, W).
-
-    ``squash`` scales each side by itself; ``crop`` scales until the image covers the size and cuts out the centre;
-    ``pad`` puts the unscaled image on a black ground, centred. Scaling is bilinear with antialiasing.
-    """
-    height, width = size
-    if (image.height, image.width) == (height, width):
-        return image
-    if resize == "squash":
-        return image.resize((width, height), Image.Resampling.BILINEAR)
-    if resize == "crop":
-        if image.width * height >= image.height * width:
-            covering = (image.width * height // image.height, height)
-        else:
-            covering = (width, image.height * width // image.width)
-        left, top = round((covering[0] - width) / 2), round((covering[1] - height) / 2)
-        scaled = image.resize(covering, Image.Resampling.BILINEAR)
-        return scaled.crop((left, top, left + width, top + height))
-    if resize == "pad" and image.height <= height and image.width <= width:
-        ground = Image.new(image.mode, (width, height))
-        ground.paste(image, ((width - image.width) // 2, (height - image.height) // 2))
-        return ground
-    raise ValueError(
-        f"it is {image.height}x{image.width} (HxW), {height}x{width} is wanted"
-        + ("; padding cannot shrink it" if resize == "pad" else "; say how with resize: squash, crop or pad")
-    )
-
-
-def stratified_split(labels: Tensor, share: float, seed: int, classes: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Set aside a share of each class; return the rows that stay and those set aside, both in order."""
-    aside = []
-    for label, name in enumerate(classes):
-        members = np.flatnonzero(labels.numpy() == label)
-        if not len(members):
-            raise ValueError(f"there is no training image of class {name!r}: the classes are {', '.join(classes)}")
-        count = round(len(members) * share)
-        if not 0 < count < len(members):
-            raise ValueError(
-                f"a share of {share} would hold out {count} of the {len(members)} images of class {name!r}; "
-                "both sides need at least one: change val_split"
-            )
-        aside.append(np.random.default_rng((seed, label)).permutation(members)[:count])
-    held_out = np.zeros(len(labels), dtype=bool)
-    held_out[np.concatenate(aside)] = True
-    return torch.from_numpy(np.flatnonzero(~held_out)), torch.from_numpy(np.flatnonzero(held_out))
+def to_float(images: Tensor) -> Tensor:
+    """Turn bytes into float32 in [0, 1]; images of floats stay as they are."""
+    return images.float() / 255 if images.dtype == torch.uint8 else images
 
 
 def anchored(path: str) -> Path:

@@ -13,6 +13,7 @@ from callbacks.run_record import FinishedRunError
 from callbacks.samples import Samples
 from callbacks.tables import print_results
 from experiments.cli import EXPERIMENTS, OODCLI
+from experiments.data import data
 
 
 def run(args: Sequence[str]) -> None:
@@ -98,5 +99,6 @@ VERBS: dict[str, Callable[[Sequence[str]], None]] = {
     "run": run,
     "demo": demo,
     "metrics": metrics,
+    "data": data,
     "completion": completion,
 }

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import numpy as np
@@ -9,9 +10,13 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from backbones.digits_net import DigitsNet
 from callbacks.compatibility import Compatibility
 from callbacks.evaluation import OODEvaluation
+from callbacks.results import summarize
 from callbacks.samples import Samples
-from datamodules.datamodule import OODDataModule, OODSet, Sets
+from datamodules.datamodule import OODDataModule
 from datamodules.images import ArrayImages
+from datamodules.sets import OODSet, Sets
+from datamodules.splits import OODSubset, Subset
+from experiments.verbs import metrics
 from lightning_modules.classifier import Classifier
 from lightning_modules.scores.gaussian import GMMEnergy, Mahalanobis
 from lightning_modules.scores.knn import KNN
@@ -43,6 +48,12 @@ class Pixels(OODDataModule):
             for index, (name, size) in enumerate(self.ood_sizes.items())
         }
         return Sets(images(TRAIN), images(TEST), ood, None, ["x", "y", "z"])
+
+
+class WithOutliers(Pixels):
+    def load(self):
+        outliers = ArrayImages(torch.zeros(24, 1, 8, 8, dtype=torch.uint8), torch.full((24,), -1), "darkness")
+        return dataclasses.replace(super().load(), outliers=outliers)
 
 
 class TwoPass(Score):
@@ -190,6 +201,77 @@ def test_a_truncated_evaluation_says_so():
     assert not whole.results["truncated"]
     assert cut.results["truncated"]
     assert len(cut.samples.of("id").ids) == 16
+
+
+def test_an_image_in_several_drawings_is_scored_once_and_counts_in_each(tmp_path, count_images, capsys):
+    data = Pixels(ood_subset=OODSubset("random", 12, 3), val_split=0.2)
+    evaluation = evaluate(OODEvaluation({"msp": MSP()}, bootstrap=20, figures=False, folder=str(tmp_path)), data=data)
+    assert sum(count_images) == TEST + TRAIN // 5 + sum(data.sizes[name] for name in OOD_SIZES)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["ood_subset"] == {"rule": "random", "count": 12, "repeats": 3}
+    rows = {row["ood_set"]: row for row in results["rows"]}
+    assert rows.keys() == OOD_SIZES.keys()
+    with np.load(tmp_path / "scores.npz") as stored:
+        names, columns = stored["splits"].tolist(), {name: stored[name] for name in stored.files}
+    known = columns["score/msp"][columns["split"] == names.index("id")]
+    for name, row in rows.items():
+        whole = OOD_SIZES[name] <= 12
+        assert ("repeats" in row, "auroc_std" in row, f"repeats/{name}" in columns) == (not whole,) * 3
+        assert row["ood_count"] == (OOD_SIZES[name] if whole else 12)
+        if whole:
+            continue
+        in_set = columns["split"] == names.index(name)
+        score_of = dict(zip(columns["ids"][in_set], columns["score/msp"][in_set], strict=True))
+        assert [ids.tolist() for ids in columns[f"repeats/{name}"]] == [ids.tolist() for ids in data.repeats[name]]
+        truth = np.repeat([0, 1], [TEST, 12])
+        values = [
+            roc_auc_score(truth, np.append(known, [score_of[id_] for id_ in ids])) for ids in columns[f"repeats/{name}"]
+        ]
+        assert row["repeats"] == 3
+        assert row["auroc"] == pytest.approx(np.mean(values), abs=1e-12)
+        assert row["auroc_std"] == pytest.approx(np.std(values, ddof=1), abs=1e-12)
+    again = summarize(Samples.load(tmp_path / "scores.npz"), data.groups, evaluation.rules, 3, replicates=20)
+    assert again["rows"] == results["rows"]
+    metrics([str(tmp_path), "--rules", "openood", "--bootstrap", "0"])
+    printed = capsys.readouterr().out
+    assert f"{100 * rows['a']['auroc']:.1f} ± {100 * rows['a']['auroc_std']:.1f}" in printed
+    assert "OOD: 3 random draws of 12 of each set" in printed
+
+
+def test_a_truncated_evaluation_has_no_drawings():
+    data = Pixels(ood_subset=OODSubset("random", 12, 3), eval_batch_size=20)
+    cut = evaluate(OODEvaluation({"msp": MSP()}, bootstrap=0, figures=False), data=data, limit_test_batches=1)
+    assert data.sizes["f"] > 20 >= data.sizes["b"]
+    rows = {row["ood_set"]: row for row in cut.results["rows"]}
+    assert (rows["f"]["ood_count"], "repeats" in rows["f"]) == (20, False)
+    assert (rows["b"]["ood_count"], rows["b"]["repeats"]) == (12, 3)
+
+
+@pytest.mark.parametrize("ood_subset", [OODSubset(), OODSubset("first", 12), OODSubset("random", 12)])
+def test_without_repeats_a_row_has_no_standard_deviation(ood_subset):
+    evaluation = evaluate(OODEvaluation({"msp": MSP()}, bootstrap=0, figures=False), data=Pixels(ood_subset=ood_subset))
+    assert evaluation.samples.repeats == {}
+    assert not {key for row in evaluation.results["rows"] for key in row if key == "repeats" or key.endswith("_std")}
+    assert evaluation.results["rows"][0]["ood_count"] == (ood_subset.count or OOD_SIZES["a"])
+
+
+def test_the_record_says_what_data_it_is_about():
+    plain = evaluate(OODEvaluation({"msp": MSP()}, bootstrap=0, figures=False)).results
+    keys = ("protocol", "known", "subset", "ood_subset", "outliers")
+    everything = {"fraction": 1.0, "num_labels": None}
+    all_images = {"rule": "all", "count": None, "repeats": 1}
+    assert [plain[key] for key in keys] == [None, None, everything, all_images, None]
+
+    options = {"known": 2, "subset": Subset(fraction=0.5), "ood_subset": OODSubset("first", 5)}
+    data = WithOutliers(**options, outlier_feed="paired")
+    data.protocol = "heatmap"
+    torch.manual_seed(0)
+    classifier = Classifier(DigitsNet(num_classes=2), lambda parameters: torch.optim.SGD(parameters, 0.1))
+    special = evaluate(OODEvaluation({"msp": MSP()}, bootstrap=0, figures=False), classifier, data).results
+    outliers = special.pop("outliers")
+    assert (outliers["source"], outliers["size"], outliers["feed"]) == ("darkness", 24, "paired")
+    first = {"rule": "first", "count": 5, "repeats": 1}
+    assert [special[key] for key in keys[:-1]] == ["heatmap", 2, {"fraction": 0.5, "num_labels": None}, first]
 
 
 def test_the_record_names_checkpoint_splits_and_no_outliers(tmp_path):

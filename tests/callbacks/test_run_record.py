@@ -8,13 +8,14 @@ import yaml
 from pytorch_lightning import Trainer
 
 from callbacks.run_record import RunRecord, differences, prepare_folder, read_run
+from datamodules.images import ArrayImages
 
 CONFIG = yaml.safe_dump({"model": {"lr": 0.1}, "seed_everything": 0})
 
 
 def make_trainer(folder, train="a1"):
     trainer = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu", default_root_dir=folder)
-    trainer.datamodule = SimpleNamespace(fingerprints={"train": train, "id": "b2"})
+    trainer.datamodule = SimpleNamespace(fingerprints={"train": train, "id": "b2"}, outlier_feed=None)
     return trainer
 
 
@@ -117,6 +118,24 @@ def test_a_run_is_tested_on_the_images_it_was_fitted_on(tmp_path):
     with pytest.raises(ValueError, match=r"not the ID training images.*\n.*fingerprint.train: 'a1' there, 'zz' here"):
         record.setup(make_trainer(tmp_path, train="zz"), None, "test")
     record.teardown(make_trainer(tmp_path), None, "test")
+
+
+def test_outliers_that_are_also_other_images_are_reported_once_a_run(tmp_path, caplog):
+    pixels = torch.randint(0, 256, (30, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    rows = {"train": range(10), "fit": range(10), "id": range(10, 20), "svhn": range(20, 30), "outliers": (3, 4, 12)}
+    sets = {name: ArrayImages(pixels[[*r]], torch.zeros(len(r), dtype=torch.int64), name) for name, r in rows.items()}
+    trainer = make_trainer(tmp_path)
+    trainer.datamodule.outlier_feed, trainer.datamodule.sets = "mixed", sets
+    trainer.datamodule.sizes = {name: len(images) for name, images in sets.items()}
+    record = RunRecord(tmp_path, CONFIG)
+    with caplog.at_level(logging.WARNING):
+        record.setup(trainer, None, "fit")
+    record.teardown(trainer, None, "fit")
+    assert read_run(tmp_path)["duplicates"] == {"train": 2, "id": 1}
+    assert "2 of the 3 outliers are also images of train" in caplog.text
+    trainer.datamodule.sets = None
+    RunRecord(tmp_path, CONFIG).setup(trainer, None, "fit")
+    assert read_run(tmp_path)["duplicates"] == {"train": 2, "id": 1}
 
 
 def test_a_folder_with_checkpoints_of_something_else_is_refused(tmp_path):

@@ -165,8 +165,7 @@ data:
     val_split: 0.25
     mean: [0.5]
     std: [0.25]
-    crop_padding: 1
-    flip: true
+    augmentation: {{crop_padding: 1, flip: true}}
     outlier_feed: paired
     outlier_ratio: 2
     fit_limit: 10

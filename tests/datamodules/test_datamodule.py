@@ -6,10 +6,11 @@ from torch.utils.data import Dataset
 from torchvision.transforms import functional
 
 from datamodules import plans
-from datamodules.augmentation import random_crop, random_flip
+from datamodules.augmentation import Augmentation, random_crop, random_flip
 from datamodules.batch import Batch, TrainingBatch
-from datamodules.datamodule import OODDataModule, OODSet, Sets
+from datamodules.datamodule import OODDataModule
 from datamodules.images import ArrayImages
+from datamodules.sets import OODSet, Sets
 
 
 def random_images(length, seed, shape=(3, 6, 6), classes=4, source="somewhere"):
@@ -105,7 +106,7 @@ def test_held_out_images_are_neither_trained_nor_fitted_on():
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize("feed", [None, "paired", "mixed"])
 def test_training_batches_are_the_same_on_any_number_of_processes(monkeypatch, world_size, feed):
-    data = toy(outlier_feed=feed, outlier_ratio=0.5, crop_padding=1, flip=True)
+    data = toy(outlier_feed=feed, outlier_ratio=0.5, augmentation=Augmentation(crop_padding=1, flip=True))
 
     def epoch(rank, size):
         monkeypatch.setattr(plans, "rank_and_world_size", lambda: (rank, size))
@@ -140,7 +141,13 @@ def test_outlier_feeds():
 
 
 def test_images_are_augmented_for_training_only():
-    data = toy(crop_padding=2, flip=True, seed=9, mean=[0.1, 0.2, 0.3], std=[0.5, 0.6, 0.7], val_split=0.2)
+    data = toy(
+        augmentation=Augmentation(crop_padding=2, flip=True),
+        seed=9,
+        mean=[0.1, 0.2, 0.3],
+        std=[0.5, 0.6, 0.7],
+        val_split=0.2,
+    )
 
     def normal(images):
         return functional.normalize(images.float() / 255, [0.1, 0.2, 0.3], [0.5, 0.6, 0.7])
@@ -164,8 +171,14 @@ def test_without_constants_images_are_in_0_1_and_other_batches_pass():
     images = data.on_after_batch_transfer(batch, 0).images
     assert images.dtype == torch.float32
     torch.testing.assert_close(images, batch.images.float() / 255)
-    for other in (batch._replace(images=images), {"x": torch.zeros(3)}, torch.zeros(2, dtype=torch.uint8)):
+    for other in ({"x": torch.zeros(3)}, torch.zeros(2, dtype=torch.uint8)):
         assert data.on_after_batch_transfer(other, 0) is other
+
+
+def test_images_of_floats_are_normalised_but_not_scaled():
+    data = toy(mean=[0.5], std=[0.25])
+    batch = Batch(torch.full((2, 3, 6, 6), 1.25), torch.zeros(2), torch.arange(2))
+    assert (data.on_after_batch_transfer(batch, 0).images == 3).all()
 
 
 def test_one_constant_stands_for_all_channels():
@@ -186,7 +199,7 @@ class Features(Dataset):
 
 
 def test_other_rows_can_be_trained_on():
-    data = toy(crop_padding=2, flip=True)
+    data = toy(augmentation=Augmentation(crop_padding=2, flip=True))
     order = torch.cat([batch.ids for batch in data.train_dataloader()])
     data.serve(Features(100))
     batches = list(data.train_dataloader())

@@ -6,7 +6,7 @@ from PIL import Image
 from torchvision.transforms import functional
 
 from datamodules.datamodule import OODDataModule
-from datamodules.folders import Folders, FolderSet
+from datamodules.folders import Folders, FolderSet, find_images
 
 RANDOM = np.random.default_rng(0)
 
@@ -61,6 +61,14 @@ def test_loaders_decode_in_worker_processes(root):
     assert [tuple(batch.images.shape) for batch in batches] == [(4, 3, 6, 6)] * 3
     for batch in batches:
         assert torch.equal(batch.images, all_images(data, "train")[batch.ids])
+
+
+def test_files_are_sorted_folder_by_folder(tmp_path):
+    names = ["Greek/1/2.png", "Greek/1.png", "Greek-old/1/1.png", "Greek/1-a/1.png", "Greek.png", "Avesta/9/1.png"]
+    for name in names:
+        draw(tmp_path / name)
+    in_order = ["Avesta/9/1.png", "Greek/1/2.png", "Greek/1-a/1.png", "Greek/1.png", "Greek-old/1/1.png", "Greek.png"]
+    assert find_images(tmp_path) == in_order
 
 
 @pytest.mark.parametrize("resize", ["squash", "crop"])

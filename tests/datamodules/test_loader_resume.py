@@ -6,9 +6,10 @@ from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 from torch.nn import functional
 
-from datamodules.augmentation import random_crop, random_flip
-from datamodules.datamodule import OODDataModule, OODSet, Sets
+from datamodules.augmentation import Augmentation, random_crop, random_flip
+from datamodules.datamodule import OODDataModule
 from datamodules.images import ArrayImages
+from datamodules.sets import OODSet, Sets
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint.*"),
@@ -60,8 +61,7 @@ def data(num_workers=0, val_split=0.2):
         batch_size=8,
         num_workers=num_workers,
         val_split=val_split,
-        crop_padding=1,
-        flip=True,
+        augmentation=Augmentation(crop_padding=1, flip=True),
         mean=[0.5],
         std=[0.3],
         outlier_feed="paired",

@@ -41,7 +41,7 @@ def fit(folder, name, workers, sig, batches=(11,), accumulate=1):
     command += ["--experiment", "tests/broken", "--name", name, "--save_every_n_steps", "3" if accumulate == 1 else "2"]
     command += ["--trainer.max_epochs", "3", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
     command += ["--trainer.callbacks+", json.dumps(callback), "--data.init_args.num_workers", str(workers)]
-    command += ["--data.init_args.crop_padding", "1", "--data.init_args.flip", "true"]
+    command += ["--data.init_args.augmentation", "{crop_padding: 1, flip: true}"]
     command += ["--model.init_args.backbone", "dropout_net.DropoutNet"]
     command += ["--trainer.logger", "callbacks.loggers.MetricsCSV"]
     command += ["--trainer.accumulate_grad_batches", str(accumulate)]

@@ -1,0 +1,91 @@
+import numpy as np
+import pytest
+
+from callbacks.metrics import PRESETS
+from callbacks.results import HEADLINE
+from callbacks.tables import describe, over_seeds, print_results
+
+ALL = {"rule": "all", "count": None, "repeats": 1}
+
+
+def run(name="seed0", auroc=0.5, std=None, preset="default", rule=("all", None, 1), protocol=None, outliers=None):
+    row = {"score": "msp", "ood_set": "svhn", "group": "far"} | dict.fromkeys(HEADLINE, auroc)
+    if std is None:
+        row |= {f"{metric}_{side}": auroc for metric in HEADLINE for side in ("low", "high")}
+    else:
+        row |= {"repeats": rule[2]} | {f"{metric}_std": std for metric in HEADLINE}
+    rules = vars(PRESETS[preset]) | {"preset": preset, "bootstrap_replicates": 0, "confidence": 0.95}
+    return {
+        "experiment": "heatmap/cifar10",
+        "name": name,
+        "method": "Heatmap",
+        "protocol": protocol,
+        "known": None,
+        "subset": {"fraction": 1.0, "num_labels": None},
+        "ood_subset": dict(zip(ALL, rule, strict=True)),
+        "outliers": outliers,
+        "metric_rules": rules,
+        "id_accuracy": 0.9,
+        "truncated": False,
+        "rows": [row],
+    }
+
+
+@pytest.mark.parametrize(
+    ("rule", "words"),
+    [
+        (("all", None, 1), ""),
+        (("first", 2000, 1), "OOD: first 2,000 of each set; "),
+        (("random", 2000, 1), "OOD: a random draw of 2,000 of each set; "),
+        (
+            ("random", 2000, 5),
+            "OOD: 5 random draws of 2,000 of each set (± over the draws, or over the seeds where there are several); ",
+        ),
+    ],
+)
+def test_a_caption_names_protocol_and_subset_where_there_are_any(rule, words):
+    assert describe(run(rule=rule)).startswith(words + "FPR95: ")
+    assert describe(run(rule=rule, protocol="heatmap")).startswith("protocol: heatmap; " + words + "FPR95: ")
+
+
+def test_over_drawings_the_table_shows_the_standard_deviation(capsys):
+    print_results([run(auroc=0.5, std=0.0123, rule=("random", 2000, 5))])
+    printed = capsys.readouterr().out
+    assert printed.count("50.0 ± 1.2") == 2
+    assert "5 random draws of 2,000" in printed
+
+
+def test_the_standard_deviation_over_seeds_wins_over_that_of_drawings():
+    runs = [run(f"seed{k}", auroc, std=0.25, rule=("random", 9, 5)) for k, auroc in enumerate((0.5, 0.6, 0.9))]
+    ((row,),) = (joined["rows"] for joined in over_seeds(runs))
+    assert row["auroc"] == pytest.approx(2 / 3)
+    assert row["auroc_std"] == pytest.approx(np.std([0.5, 0.6, 0.9], ddof=1))
+    assert "repeats" not in row
+
+
+def test_what_does_not_compare_stands_in_tables_of_its_own(capsys):
+    runs = [
+        run("seed0", 0.5),
+        run("seed1", 0.7, rule=("first", 9, 1)),
+        run("seed2", 0.8, protocol="openood"),
+        run("seed3", 0.6, preset="heatmap"),  # reads the metrics as the default does
+    ]
+    print_results(runs)
+    printed = capsys.readouterr().out
+    assert printed.count("OOD detection, %") == 3
+    assert "55.0 ± 7.1" in printed
+
+
+def test_outliers_are_named(capsys):
+    source = "/data/[old]/places"
+    print_results([run(), run("seed1", outliers={"source": source, "size": 60, "feed": "paired", "fingerprint": ""})])
+    printed = capsys.readouterr().out
+    assert "seed0: ID accuracy 90.00%, outliers: none\n" in printed
+    assert f"outliers: 60 images of {source}, paired\n" in printed
+
+
+def test_a_caption_names_what_id_data_were_left_out():
+    caption = describe(run() | {"known": 6, "subset": {"fraction": 0.125, "num_labels": 20}})
+    assert caption.startswith(
+        "open set: the first 6 classes are ID; 20 of the classes; 12.5% of the ID training images; "
+    )
