@@ -13,7 +13,7 @@ from datamodules.augmentation import Augmentation
 from datamodules.batch import Batch, TrainingBatch
 from datamodules.images import ImageSet, Rows, WithOutliers, to_float
 from datamodules.loader import Loader
-from datamodules.plans import BatchPlan, PairedPlan, Plan
+from datamodules.plans import BatchPlan, GivenPlan, PairedPlan, Plan
 from datamodules.sets import Group, Sets
 from datamodules.splits import OODSubset, Subset, draw, stratified_split
 
@@ -137,16 +137,21 @@ class OODDataModule(LightningDataModule, ABC):
     def train_dataloader(self) -> Loader:
         """Serve shuffled training batches, with outliers as ``outlier_feed`` says; an incomplete one is dropped."""
         known = self._training_images()
-        rows: Dataset[Any] = known
-        if self._served is not None:
-            rows = self._served
-        elif self.outlier_feed is not None:
-            rows = WithOutliers(known, self.sets["outliers"])
+        rows: Dataset[Any] = self._served if self._served is not None else self.training_rows()
         length = len(cast(Sized, rows))
         plan: BatchPlan = Plan(length, self.batch_size, self.seed, shuffle=True, drop_last=True)
         if self.outlier_feed == "paired":
             plan = PairedPlan(len(known), length - len(known), self.batch_size, self.outlier_ratio, self.seed)
         return self._loader(rows, plan, persistent=True, collate_fn=_mark_for_training)
+
+    def training_rows(self) -> ImageSet:
+        """Return the images that training batches are made of: ID images, then the outliers where any are fed."""
+        known = self._training_images()
+        return known if self.outlier_feed is None else WithOutliers(known, self.sets["outliers"])
+
+    def given_dataloader(self, images: ImageSet, batches: Sequence[Tensor]) -> Loader:
+        """Serve batches of rows of a set that the caller chose, unaugmented, all of them on this process."""
+        return self._loader(images, GivenPlan(batches), persistent=False)
 
     def val_dataloader(self) -> Loader | list[Loader]:
         """Serve held-out ID images; without any, an empty list, which makes Lightning skip validation."""

@@ -134,6 +134,27 @@ class PairedPlan(BatchPlan):
         return [known.split(self.sizes[0])[: len(self)], (self.length + outliers[:needed]).split(self.sizes[1])]
 
 
+class GivenPlan(BatchPlan):
+    """Batches of rows that somebody else chose, all of them on this process."""
+
+    even = False
+    sizes = ()
+
+    def __init__(self, batches: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def parts(self) -> list[Sequence[Tensor]]:
+        """Return the batches, as one part."""
+        return [self.batches]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.batches[self.first :])
+
+
 def _check_fills(length: int, batch_size: int, drop_last: bool) -> None:
     if batch_size < 1:
         raise ValueError(f"a batch needs at least one row, got batch size {batch_size}")

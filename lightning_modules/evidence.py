@@ -24,6 +24,20 @@ class Evidence(NamedTuple):
     maps: Tensor | None
 
 
+class EvidenceBatch(NamedTuple):
+    """A training batch of what a frozen network saw, instead of images.
+
+    Attributes:
+        evidence: of B images.
+        labels: (B,) int64; -1 = outlier.
+        ids: (B,) int64, the row of each image among the training images.
+    """
+
+    evidence: Evidence
+    labels: Tensor
+    ids: Tensor
+
+
 def observe(backbone: Backbone, images: Tensor, taps: Collection[str] = ()) -> Evidence:
     """Run a classifier once over (B, C, H, W) images: logits, the penultimate features, and the other ``taps``."""
     _, features = backbone.forward_intermediates(images, {"penultimate", *taps})
