@@ -21,6 +21,7 @@ from callbacks.figures import histogram_figure, roc_figure
 from callbacks.metrics import metric_rules
 from callbacks.provenance import git_revision, hardware, package_versions
 from callbacks.results import HEADLINE, summarize, write_results
+from callbacks.run_record import read_run
 from callbacks.samples import Samples
 from datamodules.datamodule import OODDataModule
 from lightning_modules.distributed import gather_rows, sum_over_processes
@@ -183,6 +184,7 @@ class OODEvaluation(Callback):
                 "feed": data.outlier_feed,
                 "size": data.sizes["outliers"],
                 "fingerprint": data.fingerprints["outliers"],
+                "duplicates": None if self.folder is None else read_run(self.folder).get("duplicates"),
             }
         names = self.folder.parts[-3:] if self.folder is not None else ("", "", "")
         return {
@@ -194,7 +196,7 @@ class OODEvaluation(Callback):
             "protocol": data.protocol,
             "known": data.known,
             "subset": asdict(data.subset),
-            "ood_subset": asdict(data.ood_subset),
+            "ood_subset": {key: getattr(data.ood_subset, key) for key in ("rule", "count", "repeats")},
             "checkpoint": None if checkpoint is None else Path(checkpoint).name,
             "epoch": epoch,
             "git_revision": git_revision(),

@@ -19,7 +19,7 @@ from datamodules.datamodule import OODDataModule
 from datamodules.duplicates import count_duplicates
 
 IGNORED = ("ckpt_path", "overwrite")  # how a run was started, not what it is
-FITTED_ON = ("train", "calibration")  # the splits that a test must find as the fit left them
+ELSEWHERE = ("data.init_args.root", "data.init_args.num_workers")  # where data lie and how they are read: no difference
 log = logging.getLogger(__name__)
 
 
@@ -41,7 +41,7 @@ class RunRecord(Callback):
         """Open the record; ``test`` leaves the configuration of the fit alone.
 
         Raises:
-            ValueError: the ID training images are not those that the run was fitted on.
+            ValueError: the data are not those that the run was fitted on.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         self._handler = logging.FileHandler(self.folder / "log.txt", encoding="utf-8")
@@ -53,16 +53,16 @@ class RunRecord(Callback):
             if isinstance(logger, WandbLogger):  # the CSV logger would write a second configuration file
                 logger.log_hyperparams(yaml.safe_load(self.config))
         data: OODDataModule = trainer.datamodule  # type: ignore[attr-defined]
-        splits = {name: sha for name, sha in data.fingerprints.items() if name in FITTED_ON}
+        trained_on = describe_training(data)
         record = read_run(self.folder)
+        if changed := differences(record.get("data", trained_on), trained_on):
+            raise ValueError(f"these are not the data that the run was fitted on\n{changed}")
         if stage == "fit":
             (self.folder / "config.yaml").write_text(self.config, encoding="utf-8")
-            self._status = {"starts": [*record.get("starts", []), _now()], "splits": splits}
+            self._status = {"starts": [*record.get("starts", []), _now()], "data": trained_on}
             if data.outlier_feed is not None:
                 self._status["duplicates"] = record["duplicates"] if "duplicates" in record else find_duplicates(data)
             self._write(status="running", git_revision=git_revision(), packages=package_versions())
-        elif changed := differences(record.get("splits", splits), splits, "fingerprint"):
-            raise ValueError(f"these are not the ID training images that the run was fitted on\n{changed}")
 
     @rank_zero_only
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -88,6 +88,8 @@ class RunRecord(Callback):
     @rank_zero_only
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Note how the run broke off; the last checkpoint stays, and ``fit`` again continues from it."""
+        if self._handler is None:  # it broke off before there was a record
+            return
         interrupted = isinstance(exception, KeyboardInterrupt)
         step = trainer.global_step
         if interrupted:
@@ -109,6 +111,17 @@ class RunRecord(Callback):
     def _write(self, **entries: Any) -> None:
         self._status |= entries
         write_json(self.folder / "run.json", self._status)
+
+
+def describe_training(data: OODDataModule) -> dict[str, Any]:
+    """Say what a network sees in training, as far as it must see the same in a test: images, labels, normalisation."""
+    splits = ["train", "calibration", *(["outliers"] if data.outlier_feed is not None else [])]
+    return {
+        "outlier_feed": data.outlier_feed,
+        "mean": None if data.mean is None else list(data.mean),
+        "std": None if data.std is None else list(data.std),
+        "fingerprints": {name: data.fingerprints[name] for name in splits if name in data.fingerprints},
+    }
 
 
 def find_duplicates(data: OODDataModule) -> dict[str, int]:
@@ -200,6 +213,8 @@ def differences(old: Any, new: Any, path: str = "") -> str:
         keys = [key for key in {**old, **new} if path or key not in IGNORED]
         lines = (differences(old.get(key), new.get(key), f"{path}.{key}".lstrip(".")) for key in keys)
         return "\n".join(line for line in lines if line)
+    if path in ELSEWHERE:
+        return ""
     return "" if old == new else f"  {path}: {old!r} there, {new!r} here"
 
 

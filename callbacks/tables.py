@@ -1,5 +1,6 @@
 """Results as a table that a person reads."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,27 +22,30 @@ def results_table(runs: Sequence[Mapping[str, Any]]) -> Table:
     for column in ("AUROC", "FPR95", "AUPR-in", "AUPR-out"):
         table.add_column(column, justify="right", no_wrap=True)
     sets = dict.fromkeys((row["ood_set"], row["group"]) for run in runs for row in run["rows"])
+    methods = [run["method"] for run in runs]
     for ood_set, group in sets:
         table.add_section()
         label = f"{ood_set} ({group})"
         for run in runs:
             for row in run["rows"]:
-                if row["ood_set"] == ood_set:
+                if (row["ood_set"], row["group"]) == (ood_set, group):
                     cells = [_percent(row, metric) for metric in ("auroc", "fpr95")]
                     cells += [f"{100 * row[metric]:.1f}" for metric in ("aupr_in", "aupr_out")]
-                    table.add_row(label, run["method"], row["score"], *cells)
+                    method = run["method"] if methods.count(run["method"]) == 1 else f"{run['method']} {run['name']}"
+                    table.add_row(label, method, row["score"], *cells)
                     label = ""
     return table
 
 
 def over_seeds(runs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Join the runs of one experiment, which differ in their seed: metrics become mean and ``_std`` (over n - 1).
+    """Join runs of one setting, which differ in their seed: metrics become mean and ``_std`` (over n - 1).
 
     This takes the place of what a run says of repeated drawings from an OOD set.
     """
     joined: list[Mapping[str, Any]] = []
-    for experiment in dict.fromkeys(run["experiment"] for run in runs):
-        members = [run for run in runs if run["experiment"] == experiment]
+    for setting in dict.fromkeys(map(setting_of, runs)):
+        members = [run for run in runs if setting_of(run) == setting]
+        experiment = members[0]["experiment"]
         if len(members) == 1:
             joined += members
             continue
@@ -58,6 +62,22 @@ def over_seeds(runs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return joined
 
 
+def setting_of(run: Mapping[str, Any]) -> str:
+    """Return what runs that differ in their seed alone have in common: experiment, model and data.
+
+    The weights that a network starts from may be of a seed of their own, and where data lie is no setting.
+    """
+    configuration = run["configuration"]
+    parts = [_without(configuration.get(part), ("weights", "root", "num_workers")) for part in ("model", "data")]
+    return json.dumps([run["experiment"], *parts], sort_keys=True)
+
+
+def _without(tree: Any, keys: Sequence[str]) -> Any:
+    if isinstance(tree, dict):
+        return {key: _without(value, keys) for key, value in tree.items() if key not in keys}
+    return tree
+
+
 def print_results(runs: Sequence[Mapping[str, Any]]) -> None:
     """Print a table for each protocol, OOD subset and reading of the metrics; for each run, ID accuracy and outliers.
 
@@ -72,6 +92,8 @@ def print_results(runs: Sequence[Mapping[str, Any]]) -> None:
         outliers = "none"
         if run["outliers"] is not None:
             outliers = "{size} images of {source}, {feed}".format_map(run["outliers"])
+            for name, count in (run["outliers"]["duplicates"] or {}).items():
+                outliers += f" ({count} of them also in {name})"
         line = f"{run['experiment']}/{run['name']}: ID accuracy {100 * run['id_accuracy']:.2f}%, outliers: {outliers}"
         line += ", TRUNCATED evaluation" if run["truncated"] else ""
         console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -79,7 +101,9 @@ def print_results(runs: Sequence[Mapping[str, Any]]) -> None:
 
 def describe(run: Mapping[str, Any]) -> str:
     """Say in words what must be the same where numbers are compared: the data, and the reading of the metrics."""
+    images = run["splits"]["id"]
     parts = [
+        f"{images['size']:,} ID test images ({images['fingerprint'][:6]})",
         run["protocol"] and f"protocol: {run['protocol']}",
         run["known"] and f"open set: the first {run['known']} classes are ID",
         run["subset"]["num_labels"] and f"{run['subset']['num_labels']} of the classes",
@@ -103,7 +127,7 @@ def describe_subset(subset: Mapping[str, Any]) -> str:
     if subset["repeats"] == 1:
         return f"OOD: a random draw of {subset['count']:,} of each set"
     draws = f"{subset['repeats']} random draws of {subset['count']:,}"
-    return f"OOD: {draws} of each set (± over the draws, or over the seeds where there are several)"
+    return f"OOD: {draws} of each larger set (± over the draws, or over the seeds where there are several)"
 
 
 def describe_rules(rules: Mapping[str, Any]) -> str:

@@ -4,17 +4,19 @@ A *source* is what one ``make data-<source>`` brings into the folder of that nam
 is a set of images in such a folder, under the name that YAML files use. A new set is a line in each table.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
 from torchvision import datasets
 
 from datamodules import readers
 from datamodules.download import Download
 from datamodules.fitting import Fit
-from datamodules.images import ImageSet
+from datamodules.images import ImageSet, Rows
 from datamodules.readers import Reader
 
 Shape = tuple[int, int, int]
@@ -43,10 +45,11 @@ class Entry:
     Attributes:
         source: name in ``SOURCES``, and of the folder.
         read: makes the set from that folder.
-        count: how many images there must be; ``None`` where a list of the source itself says so.
+        count: how many images there must be; ``None`` where nobody knows.
         near: names of the ID data that it is near to; it is far from all others.
         shape: (C, H, W) of the images as they are, where all have one.
         origin: as for ``Source``, where a source holds pictures of several.
+        first: the set is only the first so many of the images.
     """
 
     source: str
@@ -55,6 +58,7 @@ class Entry:
     near: tuple[str, ...] = ()
     shape: Shape | None = None
     origin: str = ""
+    first: int | None = None
 
 
 UNSTATED = "none stated; research use by custom"
@@ -117,15 +121,16 @@ SOURCES = {
     "places": Source(_curated("Places"), "non-commercial research", "Places"),
     "imagenet": Source(
         "register at https://image-net.org, download ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and "
-        "ILSVRC2012_devkit_t12.tar.gz into this folder, and call torchvision.datasets.ImageNet(folder, split='train'), "
-        "then with split='val': it verifies and unpacks. What counts is train/<wnid>/*.JPEG and val/<wnid>/*.JPEG",
+        "ILSVRC2012_devkit_t12.tar.gz into the folder imagenet, and call torchvision.datasets.ImageNet(folder, "
+        "split='train'), then with split='val': it verifies and unpacks. What counts is train/<wnid>/*.JPEG and "
+        "val/<wnid>/*.JPEG",
         "non-commercial research, after registration",
         "ImageNet",
     ),
     "imagenet64": Source(
         "register at https://image-net.org and download the downsampled ImageNet, 64x64, training set, as pickles (npz "
-        "is another format): put train_data_batch_1 ... train_data_batch_10 into this folder. At first use they are "
-        "written once more, as images.npy: another 16 GB",
+        "is another format): put train_data_batch_1 ... train_data_batch_10 into the folder imagenet64. At first "
+        "use they are written once more, as images.npy: another 16 GB",
         "non-commercial research, after registration",
         "ImageNet",
     ),
@@ -141,14 +146,15 @@ SOURCES = {
     ),
     "tiny_images": Source(
         "its authors withdrew 80 Million Tiny Images, for offensive content, and nobody should fetch copies. Who holds "
-        "100,000 of them from before puts the image files into this folder; `random_images` and `imagenet64` are the "
-        "usual substitutes",
+        "100,000 of them from before puts the image files into the folder tiny_images; `random_images` and "
+        "`imagenet64` are the usual substitutes",
         "withdrawn",
         TINY_IMAGES,
     ),
     "openood": Source(
-        "get OpenOOD v1.5's benchmark_imglist.zip and its images_classic archives with the download script of "
-        "https://github.com/Jingkang50/OpenOOD, so that this folder holds benchmark_imglist/ and images_classic/",
+        "get OpenOOD v1.5's benchmark_imglist.zip and its images_classic archives with the download script "
+        "of https://github.com/Jingkang50/OpenOOD, so that the folder openood holds benchmark_imglist/ and "
+        "images_classic/",
         "of each set its own",
         "",
     ),
@@ -167,18 +173,25 @@ def _small(source: str, count: int = 10_000, near: tuple[str, ...] = (), shape: 
 
 def _openood(cifar: str) -> dict[str, Entry]:
     """List the sets of OpenOOD v1.5 for one ID set, as its files name them."""
-    near = {"cifar10": TINY_IMAGES, "cifar100": TINY_IMAGES, "tin": "ImageNet"}
-    far = {"mnist": "MNIST", "svhn": "SVHN", "texture": "DTD", "places365": "Places"}
-    lists = {f"test_{name}": origin for name, origin in (near | far).items()} | {f"train_{cifar}": TINY_IMAGES}
+    sets = {  # count, where known; origin
+        "train_" + cifar: (50_000, TINY_IMAGES),
+        "test_cifar10": (9_000, TINY_IMAGES),
+        "test_cifar100": (9_000, TINY_IMAGES),
+        "test_tin": (7_793 if cifar == "cifar10" else 6_526, "ImageNet"),
+        "test_mnist": (70_000, "MNIST"),
+        "test_svhn": (26_032, "SVHN"),
+        "test_texture": (5_640, "DTD"),
+        "test_places365": (35_195 if cifar == "cifar10" else None, "Places"),
+    }
     return {
         f"openood_{cifar}_{name}": Entry(
             "openood",
             partial(readers.listed, listing=f"benchmark_imglist/{cifar}/{name}.txt", root="images_classic"),
-            count=None,
-            near=(cifar,) if name.removeprefix("test_") in near else (),
+            count,
+            near=(cifar,) if origin in (TINY_IMAGES, "ImageNet") else (),
             origin=origin,
         )
-        for name, origin in lists.items()
+        for name, (count, origin) in sets.items()
     }
 
 
@@ -203,7 +216,7 @@ ENTRIES = {
         "imagenet", partial(readers.tree, below="train", labelled=True), 1_281_167, ("tiny_imagenet",)
     ),
     "lsun": Entry("lsun", partial(readers.lsun, split="val"), 3_000),
-    "lsun_train": Entry("lsun_train", partial(readers.lsun, split="train"), None),
+    "lsun_train": Entry("lsun_train", partial(readers.lsun, split="train"), 9_895_373),
     # OOD test images
     "tiny_imagenet": Entry("tiny_imagenet", partial(readers.tree, below=f"{TINY}/test"), 10_000, CIFARS, (3, 64, 64)),
     "tiny_imagenet_crop": _small("tiny_imagenet_crop", near=CIFARS, shape=None),
@@ -224,10 +237,11 @@ ENTRIES = {
     "kmnist": Entry("kmnist", partial(readers.mnist, name="KMNIST", train=False), 10_000, ("mnist",), GREY),
     "omniglot": Entry(
         "omniglot",
-        partial(readers.tree, below="omniglot-py/images_evaluation", invert=True, limit=10_000),
-        10_000,
+        partial(readers.tree, below="omniglot-py/images_evaluation", invert=True),
+        13_180,
         ("mnist",),
         (1, 105, 105),
+        first=10_000,
     ),
     "mnist_noise": Entry("mnist", readers.mnist_noise, 10_000, ("mnist",), GREY),
     "noise": Entry("generated", partial(readers.noise, count=10_000), 10_000),
@@ -254,16 +268,22 @@ def read(name: str, root: Path, fit: Fit) -> ImageSet:
     """Make the set of an entry from what lies below the root of all data.
 
     Raises:
-        FileNotFoundError: it is not there; the message says how to get it.
-        ValueError: it is incomplete, or damaged.
+        FileNotFoundError: its folder is not there; the message says how to get it.
+        ValueError: it is incomplete or damaged.
     """
     entry = find(name)
     source, folder = SOURCES[entry.source], root / entry.source
-    if source.get is not None and not folder.is_dir():
+    if source.get is not None and not os.path.lexists(folder):
         raise FileNotFoundError(f"{name} is wanted, but there is no folder {folder}: {how_to_get(entry.source)}")
-    images = entry.read(folder, fit)
+    try:
+        images = entry.read(folder, fit)
+    except FileNotFoundError as error:
+        raise ValueError(f"{name} is not all there: {error}; {way_out(entry.source, folder)}") from error
     if entry.count not in (None, len(images)):
-        raise ValueError(f"{name} has {entry.count} images, {folder} holds {len(images)}: it is not all there")
+        held = f"{folder} holds {len(images):,}"
+        raise ValueError(f"{name} has {entry.count:,} images, {held}; {way_out(entry.source, folder)}")
+    if entry.first is not None:
+        images = Rows(images, torch.arange(min(entry.first, len(images))))
     images.source, images.origin = name, entry.origin or source.origin or name
     return images
 
@@ -272,3 +292,10 @@ def how_to_get(source: str) -> str:
     """Say in one sentence how to get a source."""
     get = SOURCES[source].get
     return get if isinstance(get, str) else f"`make data-{source}` downloads it"
+
+
+def way_out(source: str, folder: Path) -> str:
+    """Say in one sentence what helps where a source is incomplete."""
+    if isinstance(SOURCES[source].get, str):
+        return f"complete {folder}"
+    return f"remove {folder}, then `make data-{source}` downloads it anew"

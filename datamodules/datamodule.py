@@ -6,20 +6,28 @@ from typing import Any, Literal, cast
 
 import torch
 from pytorch_lightning import LightningDataModule
+from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from datamodules.augmentation import Augmentation
 from datamodules.batch import Batch, TrainingBatch
-from datamodules.images import ImageSet, Rows, WithOutliers, to_float
+from datamodules.images import ImageSet, Rows, WithOutliers, data_root, to_float
 from datamodules.loader import Loader
-from datamodules.plans import BatchPlan, GivenPlan, PairedPlan, Plan
+from datamodules.packed import pack
+from datamodules.plans import Balanced, BalancedPlan, BatchPlan, GivenPlan, PairedPlan, Plan
 from datamodules.sets import Group, Sets
 from datamodules.splits import OODSubset, Subset, draw, stratified_split
+
+SMALL = 64  # pixels of a side, up to which images are kept decoded
 
 
 class OODDataModule(LightningDataModule, ABC):
     """Serves ID, OOD and outlier images as ``Batch``; a subclass says in ``load`` what the sets are.
+
+    Image files are decoded whenever their images are asked for; but where these are served with sides of at most 64
+    pixels, the first ``setup`` decodes each set once, into ``.packed`` below the root of all data, and only that takes
+    long. What lies there may be deleted at any time.
 
     Attributes:
         num_classes, classes, image_shape, groups, sets, sizes, fingerprints: known after ``setup``: K; names of the K
@@ -29,12 +37,15 @@ class OODDataModule(LightningDataModule, ABC):
         normalizes: whether images are normalised here rather than by the network.
         fit_passes: how often ``test_dataloader`` presents the training images first; the evaluation says so.
         protocol: whose experiments the data follow, where a subclass knows any.
+        root: folder of all data.
         remedy: what a subclass lets a user do about sets of different shape.
 
     Args:
         batch_size: rows of a training batch, over all devices together; where ``outlier_feed`` is ``paired``, ID rows.
+            Training batches that are ``balanced`` have a size of their own.
+        drop_last: whether an epoch leaves out the training images that do not fill a batch.
         eval_batch_size: rows of any other batch, over all devices together; as ``batch_size`` where not given.
-        num_workers: worker processes of a loader on each device.
+        num_workers: worker processes of a loader on each device; 0 is best for small images, which lie in memory.
         seed: decides training order and augmentation.
         split_seed: decides what is held out; stays the same over training seeds, so that their results compare.
         val_split: share of each class of the ID training images that is held out for validation and calibration.
@@ -48,6 +59,8 @@ class OODDataModule(LightningDataModule, ABC):
         outlier_feed: how outliers come into training: ``paired`` puts a fixed number into each batch, ``mixed``
             shuffles them among the ID images; ``None``: not at all.
         outlier_ratio: outliers for each ID row of a paired batch.
+        balanced: train on batches of equally many images of each of some classes, without outliers. Each device takes
+            whole batches: with W of them, a step of the optimiser sees W batches.
         fit_limit: fit scores on at most so many ID training images, drawn by ``split_seed``.
     """
 
@@ -66,6 +79,7 @@ class OODDataModule(LightningDataModule, ABC):
     def __init__(
         self,
         batch_size: int,
+        drop_last: bool = True,
         eval_batch_size: int | None = None,
         num_workers: int = 0,
         seed: int = 0,
@@ -79,6 +93,7 @@ class OODDataModule(LightningDataModule, ABC):
         ood_subset: OODSubset | None = None,
         outlier_feed: Literal["paired", "mixed"] | None = None,
         outlier_ratio: float = 1.0,
+        balanced: Balanced | None = None,
         fit_limit: int | None = None,
     ) -> None:
         super().__init__()
@@ -94,13 +109,16 @@ class OODDataModule(LightningDataModule, ABC):
             raise ValueError(f"mean and std belong together, give both or neither: mean={mean}, std={std}")
         if mean is not None and std is not None and not (max(mean) <= 1 and 0 < min(std) <= max(std) <= 1):
             raise ValueError(f"mean and std are for images in [0, 1], std above 0; got mean={mean}, std={std}")
-        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
+        if balanced is not None and outlier_feed is not None:
+            raise ValueError(f"balanced batches have no place for outliers: leave out outlier_feed={outlier_feed!r}")
+        self.batch_size, self.drop_last, self.eval_batch_size = batch_size, drop_last, eval_batch_size or batch_size
         self.num_workers, self.seed, self.split_seed, self.val_split = num_workers, seed, split_seed, val_split
         self.mean, self.std, self.augmentation = mean, std, augmentation or Augmentation()
         self.known, self.subset, self.ood_subset = known, subset or Subset(), ood_subset or OODSubset()
         self.outlier_feed, self.outlier_ratio, self.fit_limit = outlier_feed, outlier_ratio, fit_limit
-        self.normalizes = mean is not None
+        self.balanced, self.normalizes, self.root = balanced, mean is not None, data_root()
         self.sets, self.repeats = {}, {}
+        self._packs = True
         self._served: Dataset[Any] | None = None
 
     @abstractmethod
@@ -117,31 +135,43 @@ class OODDataModule(LightningDataModule, ABC):
         sets = sets.subset(self.subset, self.split_seed)
         if self.known is not None:
             sets = sets.open(self.known)
+        sets.check(self.remedy)
+        self.ood_subset = self.ood_subset.resolve(len(sets.test))
         self.classes, self.num_classes, self.image_shape = sets.classes, len(sets.classes), sets.test.shape
         self.groups = {name: ood.group for name, ood in sets.ood.items()}
-        splits = self._split(sets.train) if sets.train is not None else {}
-        splits["id"] = sets.test
+        splits = self._split(self._pack(sets.train)) if sets.train is not None else {}
+        splits["id"] = self._pack(sets.test)
         for name, ood in sets.ood.items():
             repeats = self.ood_subset.draw(len(ood.images), self.split_seed)
             rows = torch.cat(repeats).unique()
             self.repeats[name] = [torch.searchsorted(rows, repeat) for repeat in repeats]
-            splits[name] = (
-                Rows(ood.images, rows).as_outliers() if len(rows) < len(ood.images) else ood.images.as_outliers()
-            )
+            chosen = Rows(ood.images, rows) if len(rows) < len(ood.images) else ood.images
+            splits[name] = self._pack(chosen).as_outliers()
         if sets.outliers is not None:
-            splits["outliers"] = sets.outliers.as_outliers()
+            splits["outliers"] = self._pack(sets.outliers).as_outliers()
         self.sizes = {name: len(images) for name, images in splits.items()}
         self.fingerprints = {name: images.fingerprint() for name, images in splits.items()}
         self.sets = splits
 
     def train_dataloader(self) -> Loader:
-        """Serve shuffled training batches, with outliers as ``outlier_feed`` says; an incomplete one is dropped."""
+        """Serve shuffled training batches, with outliers as ``outlier_feed`` says, or balanced."""
         known = self._training_images()
         rows: Dataset[Any] = self._served if self._served is not None else self.training_rows()
         length = len(cast(Sized, rows))
-        plan: BatchPlan = Plan(length, self.batch_size, self.seed, shuffle=True, drop_last=True)
-        if self.outlier_feed == "paired":
-            plan = PairedPlan(len(known), length - len(known), self.batch_size, self.outlier_ratio, self.seed)
+        plan: BatchPlan
+        if self.balanced is not None:
+            if length != len(known):
+                raise ValueError(
+                    f"balanced batches need a row for each of the {len(known)} ID training images, whose labels they "
+                    f"go by; {length} are served"
+                )
+            classes, images = self.balanced.classes_per_batch, self.balanced.images_per_class
+            plan = BalancedPlan(known.labels, classes, images, self.seed)
+        elif self.outlier_feed == "paired":
+            outliers = length - len(known)
+            plan = PairedPlan(len(known), outliers, self.batch_size, self.outlier_ratio, self.seed, self.drop_last)
+        else:
+            plan = Plan(length, self.batch_size, self.seed, shuffle=True, drop_last=self.drop_last, even=True)
         return self._loader(rows, plan, persistent=True, collate_fn=_mark_for_training)
 
     def training_rows(self) -> ImageSet:
@@ -179,8 +209,8 @@ class OODDataModule(LightningDataModule, ABC):
 
         Args:
             rows: what ``rows[LongTensor]`` yields is the training batch. Where there is an ``outlier_feed``, the first
-                rows stand for the ID training images one by one, and those that follow are the outliers. Rows that
-                are image batches are augmented, others are left alone.
+                rows stand for the ID training images one by one, and those that follow are the outliers; where
+                batches are balanced, all do. Rows that are image batches are augmented, others are left alone.
         """
         self._served = rows
 
@@ -190,8 +220,7 @@ class OODDataModule(LightningDataModule, ABC):
             return batch
         images, labels, ids = batch
         if isinstance(batch, TrainingBatch):
-            epoch = self.trainer.current_epoch if self.trainer is not None else 0
-            images = self.augmentation(images, ids, self.seed, epoch)
+            images = self._augment(images, labels, ids)
         images = to_float(images)
         if self.mean is not None and self.std is not None:
             mean, std = (torch.tensor(values, device=images.device).view(-1, 1, 1) for values in (self.mean, self.std))
@@ -199,6 +228,13 @@ class OODDataModule(LightningDataModule, ABC):
         batch = Batch(images, labels, ids)
         # Lightning converts to the trainer's precision before the transfer, when the images are still bytes.
         return batch if self.trainer is None else self.trainer.precision_plugin.convert_input(batch)
+
+    def _augment(self, images: Tensor, labels: Tensor, ids: Tensor) -> Tensor:
+        epoch = self.trainer.current_epoch if self.trainer is not None else 0
+        augmented = self.augmentation(images, ids, self.seed, epoch)
+        if self.outlier_feed is None or not self.sets["outliers"].final:
+            return augmented
+        return torch.where((labels >= 0).view(-1, 1, 1, 1), augmented, images)
 
     def _training_images(self) -> ImageSet:
         if "train" not in self.sets:
@@ -230,6 +266,20 @@ class OODDataModule(LightningDataModule, ABC):
         if self.fit_limit is not None and self.fit_limit < len(fit):
             fit = Rows(fit, draw(len(fit), self.fit_limit, self.split_seed))
         return {"train": splits.pop("train"), "fit": fit} | splits
+
+    def _pack(self, images: ImageSet) -> ImageSet:
+        """Return small images as they are once they are decoded, and others as they are."""
+        if not self._packs or max(images.shape[1:]) > SMALL or images.stamp() is None:
+            return images
+        folder = self.root / ".packed"
+        try:
+            return pack(images, folder, self.num_workers)
+        except OSError as error:
+            self._packs = False
+            rank_zero_warn(
+                f"images are decoded each time they are served, for they cannot be kept in {folder}: {error}"
+            )
+            return images
 
     def _check(self, sets: Sets) -> None:
         """Raise a ``ValueError`` in words where the options do not go with the sets."""

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib import request
-from urllib.error import HTTPError
+from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 
 from rich.console import Console
@@ -95,8 +95,9 @@ def install(get: Callable[[Path], object], folder: Path) -> None:
     with _unfinished(folder) as content:
         try:
             get(content)
-        except RuntimeError as error:  # as torchvision says that a file is another one than it should be
-            raise ConnectionError(f"{folder.name}: {error}") from error
+        except (RuntimeError, URLError) as error:  # so torchvision says that a file is another one than it should be
+            where = f" ({error.url})" if isinstance(error, HTTPError) else ""
+            raise ConnectionError(f"{folder.name} cannot be downloaded: {error}{where}") from error
 
 
 @contextmanager
@@ -119,6 +120,8 @@ def _unfinished(folder: Path) -> Iterator[Path]:
             content.rename(folder)
         except BaseException:
             shutil.rmtree(content, ignore_errors=True)
+            if not any(path for path in part.iterdir() if path.name != ".lock" and path.suffix != ".validator"):
+                shutil.rmtree(part, ignore_errors=True)  # there is nothing to go on with
             raise
         # Another process may open the lock meanwhile; it then finds the folder in place.
         shutil.rmtree(part, ignore_errors=True)

@@ -23,7 +23,10 @@ class Fit(NamedTuple):
 
 
 def read_image(file: Path | BinaryIO, fit: Fit, name: str | None = None) -> np.ndarray:
-    """Decode a file to uint8 (H, W, 3), or (H, W) for one channel; ``ValueError`` naming it if that fails."""
+    """Decode a file to uint8 (H, W, 3), or (H, W) for one channel; ``ValueError`` naming it if that fails.
+
+    An alpha channel is dropped.
+    """
     try:
         with Image.open(file) as image:
             return fit_image(image, fit)
@@ -41,7 +44,7 @@ def fit_image(image: Image.Image, fit: Fit) -> np.ndarray:
 def fit_arrays(images: np.ndarray, fit: Fit, source: str) -> np.ndarray:
     """Convert uint8 (N, H, W, C) images, C = 1 or 3, all of them; ``source`` is named where that fails."""
     channels, height, width = fit.shape
-    if images.shape[1:] == (height, width, channels):
+    if images.shape[1:] == (height, width, channels) and fit.resize != "imagenet":
         return images
     fitted = np.empty((len(images), height, width, channels), dtype=np.uint8)
     for row, pixels in enumerate(images):

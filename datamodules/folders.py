@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor
@@ -117,11 +117,12 @@ def find_images(root: Path) -> list[str]:
 
     Raises:
         FileNotFoundError: there is no such folder, or one of the files is a link to nothing.
+        PermissionError: a folder may not be read.
         ValueError: there is no image.
     """
     _check_folder(root)
     found = []
-    for folder, folders, files in os.walk(root, followlinks=True):
+    for folder, folders, files in os.walk(root, onerror=_refuse, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
         paths = (Path(folder, name) for name in files if not name.startswith("."))
         found += [path for path in paths if path.suffix.lower() in IMG_EXTENSIONS]
@@ -131,6 +132,10 @@ def find_images(root: Path) -> list[str]:
         raise FileNotFoundError(f"image {broken[0]} is a link to a file that does not exist")
     relative = sorted((path.relative_to(root) for path in found), key=lambda path: path.parts)
     return [path.as_posix() for path in relative]
+
+
+def _refuse(error: OSError) -> NoReturn:
+    raise error
 
 
 def _check_folder(root: Path) -> None:

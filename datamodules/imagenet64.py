@@ -3,6 +3,7 @@
 import fcntl
 import pickle
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -60,8 +61,13 @@ def find_batches(folder: Path) -> list[Path]:
     return batches
 
 
-def _sizes(batches: Sequence[Path]) -> np.ndarray:
-    return np.array([path.stat().st_size for path in batches])
+def _identify(batches: Sequence[Path]) -> np.ndarray:
+    """Return the size of each file and a checksum of its first bytes, which hold the first images."""
+    facts = []
+    for path in batches:
+        with path.open("rb") as file:
+            facts.append((path.stat().st_size, zlib.crc32(file.read(2**16))))
+    return np.array(facts)
 
 
 def _joined_labels(folder: Path, batches: Sequence[Path]) -> np.ndarray | None:
@@ -71,7 +77,7 @@ def _joined_labels(folder: Path, batches: Sequence[Path]) -> np.ndarray | None:
         return None
     try:
         with np.load(path) as file:
-            current = not batches or np.array_equal(file["sizes"], _sizes(batches))
+            current = not batches or np.array_equal(file["batches"], _identify(batches))
             return file["labels"] if current else None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is damaged; delete it, and it is made again: {error}") from error
@@ -85,7 +91,7 @@ def _join(folder: Path, batches: Sequence[Path]) -> np.ndarray:
             labels = np.concatenate([_append(file, path) for path in batches])
             file.seek(0)
             _write_header(file, len(labels))
-        np.savez(scratch / "labels.npz", labels=labels, sizes=_sizes(batches))
+        np.savez(scratch / "labels.npz", labels=labels, batches=_identify(batches))
         (scratch / "images.npy").replace(folder / "images.npy")
         (scratch / "labels.npz").replace(folder / "labels.npz")  # last: it says that all is there
     return labels

@@ -2,11 +2,13 @@
 
 import copy
 import hashlib
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -25,6 +27,7 @@ class ImageSet(Dataset[Batch], ABC):
         labels: (N,) int64; -1 = not an ID image.
         source: what the set is called in messages and records.
         origin: the collection that the pictures were taken from; sets of one origin may share pictures. Empty: unknown.
+        final: whether images are used as they are, even in training; else they may be augmented.
         classes: names of the labels, where the set knows them.
     """
 
@@ -32,6 +35,7 @@ class ImageSet(Dataset[Batch], ABC):
     labels: Tensor
     source: str
     origin: str = ""
+    final: bool = False
     classes: Sequence[str] = ()
 
     def __len__(self) -> int:
@@ -52,6 +56,10 @@ class ImageSet(Dataset[Batch], ABC):
     def fingerprint(self) -> str:
         """SHA-256 of images (of a folder: names and file sizes), shape and labels."""
         return sha256(self.digest, str(self.shape), self.labels.numpy().tobytes())
+
+    def stamp(self) -> str | None:
+        """SHA-256 of where the files are that images are decoded from, and when these changed; ``None``: none are."""
+        return None
 
     def as_outliers(self) -> "ImageSet":
         """Return the same images, labelled -1."""
@@ -78,7 +86,7 @@ class ArrayImages(ImageSet):
 
     def read(self, rows: Tensor) -> Tensor:
         """Select the rows."""
-        return self.images[rows]
+        return self.images.index_select(0, rows)
 
     @cached_property
     def digest(self) -> str:
@@ -113,7 +121,17 @@ class FolderImages(ImageSet):
     def digest(self) -> str:
         """SHA-256 of the relative names, the file sizes and how they are converted."""
         conversion = f"{self.fit.resize}{' inverted' * self.invert}"
-        return sha256(conversion, *(f"{name}\0{(self.root / name).stat().st_size}\0" for name in self.names))
+        sizes = self._sizes_and_times[:, 0].tolist()
+        return sha256(conversion, *(f"{name}\0{size}\0" for name, size in zip(self.names, sizes, strict=True)))
+
+    def stamp(self) -> str:
+        """SHA-256 of the folder and of when each file last changed."""
+        return sha256(str(self.root.resolve()), self._sizes_and_times[:, 1].tobytes())
+
+    @cached_property
+    def _sizes_and_times(self) -> np.ndarray:
+        stats = ((self.root / name).stat() for name in self.names)
+        return np.fromiter(((stat.st_size, stat.st_mtime_ns) for stat in stats), np.dtype((np.int64, 2)))
 
 
 class Rows(ImageSet):
@@ -128,7 +146,7 @@ class Rows(ImageSet):
     def __init__(self, images: ImageSet, rows: Tensor, labels: Tensor | None = None) -> None:
         self.images, self.rows = images, rows
         self.labels = (images.labels if labels is None else labels)[rows]
-        self.shape, self.source, self.origin = images.shape, images.source, images.origin
+        self.shape, self.source, self.origin, self.final = images.shape, images.source, images.origin, images.final
 
     def read(self, rows: Tensor) -> Tensor:
         """Read from the whole set."""
@@ -138,6 +156,10 @@ class Rows(ImageSet):
     def digest(self) -> str:
         """SHA-256 of the whole set and the rows."""
         return sha256(self.images.digest, self.rows.numpy().tobytes())
+
+    def stamp(self) -> str | None:
+        """Return that of the whole set."""
+        return self.images.stamp()
 
 
 class WithOutliers(ImageSet):
@@ -172,6 +194,11 @@ def to_float(images: Tensor) -> Tensor:
 def anchored(path: str) -> Path:
     """Read a path of a configuration: relative ones count from the repository root, wherever the command runs."""
     return ROOT / path
+
+
+def data_root(root: str | None = None) -> Path:
+    """Locate the folder of all data: as given, else by the environment variable ``OOD_DATA``, else ``data``."""
+    return anchored(root or os.environ.get("OOD_DATA", "data"))
 
 
 def sha256(*parts: str | bytes | memoryview) -> str:

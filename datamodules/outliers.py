@@ -60,14 +60,16 @@ def consecutive(length: int, count: int, seed: int, skipped: int = 10_000) -> Te
 
 
 class RandomWindows(ImageSet):
-    """Windows at random places of larger images, mirrored or not: each row always the same.
+    """Windows at random places of larger images, mirrored or not: each row always the same, in training too.
 
     Args:
-        images: the whole images, square.
+        images: the whole images.
         size: side of the window.
         padding: zero pixels around the whole images.
         seed: what place and mirroring of a row are drawn from, beside the row.
     """
+
+    final = True
 
     def __init__(self, images: ImageSet, size: int, padding: int, seed: int) -> None:
         self.images, self.size, self.padding, self.seed = images, size, padding, seed
@@ -78,6 +80,10 @@ class RandomWindows(ImageSet):
         """Read the whole images and cut."""
         windows = random_crop(self.images.read(rows), self.padding, rows, self.seed, 0, self.size)
         return random_flip(windows, rows, self.seed, 0)
+
+    def stamp(self) -> str | None:
+        """Return that of the whole images."""
+        return self.images.stamp()
 
     @cached_property
     def digest(self) -> str:

@@ -1,11 +1,13 @@
 """Which rows make which batch, the same on any number of processes.
 
 A plan lays out total batches, from (seed, epoch) alone; rank r of W takes rows ``r::W`` of each. So all ranks have
-equally many batches, and W processes together see the batches of one.
+equally many batches, and W processes together see the batches of one. Balanced batches alone are not divided: there,
+rank r takes the batches ``r::W``.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -57,13 +59,15 @@ class BatchPlan(Sampler[Tensor], ABC):
 
     def __iter__(self) -> Iterator[Tensor]:
         rank, world_size = rank_and_world_size()
-        for size in self.sizes if self.even else ():
+        parts = self.parts()
+        for size in sorted({len(rows) for part in parts for rows in part}, reverse=True) if self.even else ():
             if size % world_size:
                 raise ValueError(
-                    f"{size} rows of each training batch cannot be shared evenly by {world_size} processes: "
-                    f"choose a total batch size (ID and outlier rows alike) that {world_size} divides"
+                    f"{size} rows of a training batch cannot be shared evenly by {world_size} processes: choose a "
+                    f"total batch size (ID and outlier rows alike) that {world_size} divides, and drop an incomplete "
+                    "last batch"
                 )
-        batches = list(zip(*self.parts(), strict=True))[self.first :]
+        batches = list(zip(*parts, strict=True))[self.first :]
         return (torch.cat([rows[rank::world_size] for rows in batch]) for batch in batches)
 
 
@@ -75,20 +79,26 @@ class Plan(BatchPlan):
         batch_size: rows of a total batch.
         seed: what the order is drawn from, beside the epoch.
         shuffle: whether each epoch has its own random order.
-        drop_last: drop what does not fill a batch, as in training; otherwise the last batch is smaller, and may be
-            empty on a rank.
+        drop_last: drop what does not fill a batch; otherwise the last batch is smaller, and may be empty on a rank.
+        even: whether all ranks must get equally many rows, as in training; so they do where ``drop_last``.
     """
 
     def __init__(
-        self, length: int, batch_size: int, seed: int = 0, shuffle: bool = False, drop_last: bool = False
+        self,
+        length: int,
+        batch_size: int,
+        seed: int = 0,
+        shuffle: bool = False,
+        drop_last: bool = False,
+        even: bool = False,
     ) -> None:
         super().__init__()
         _check_fills(length, batch_size, drop_last)
-        self.length, self.seed, self.shuffle, self.even = length, seed, shuffle, drop_last
-        self.sizes = (batch_size,)
+        self.length, self.seed, self.shuffle, self.drop_last = length, seed, shuffle, drop_last
+        self.even, self.sizes = even or drop_last, (batch_size,)
 
     def __len__(self) -> int:
-        return self.length // self.sizes[0] if self.even else -(-self.length // self.sizes[0])
+        return self.length // self.sizes[0] if self.drop_last else -(-self.length // self.sizes[0])
 
     def parts(self) -> list[Sequence[Tensor]]:
         """Lay out the epoch in one part."""
@@ -107,31 +117,120 @@ class PairedPlan(BatchPlan):
         batch_size: ID rows of a total batch.
         ratio: outlier rows for each ID row; their number in a batch is rounded.
         seed: what the order is drawn from, beside the epoch.
+        drop_last: drop the ID rows that do not fill a batch; otherwise the last batch is smaller.
     """
 
     even = True
 
-    def __init__(self, length: int, outliers: int, batch_size: int, ratio: float = 1.0, seed: int = 0) -> None:
+    def __init__(
+        self,
+        length: int,
+        outliers: int,
+        batch_size: int,
+        ratio: float = 1.0,
+        seed: int = 0,
+        drop_last: bool = True,
+    ) -> None:
         super().__init__()
-        _check_fills(length, batch_size, drop_last=True)
+        _check_fills(length, batch_size, drop_last)
         self.sizes = (batch_size, round(batch_size * ratio))
         if outliers < 1 or self.sizes[1] < 1:
             raise ValueError(
                 f"paired batches need outliers: the set has {outliers}, and {batch_size} ID rows at a ratio of {ratio} "
                 f"call for {self.sizes[1]} in each batch"
             )
-        self.length, self.outliers, self.seed = length, outliers, seed
+        self.length, self.outliers, self.ratio, self.seed, self.drop_last = length, outliers, ratio, seed, drop_last
 
     def __len__(self) -> int:
-        return self.length // self.sizes[0]
+        return self.length // self.sizes[0] if self.drop_last else -(-self.length // self.sizes[0])
 
     def parts(self) -> list[Sequence[Tensor]]:
         """Lay out the epoch in two parts."""
-        known = permutation(self.length, self.seed, self.epoch, 0)
-        needed = len(self) * self.sizes[1]
-        rounds = range(1, 1 + -(-needed // self.outliers))
+        known = permutation(self.length, self.seed, self.epoch, 0).split(self.sizes[0])[: len(self)]
+        counts = [round(len(rows) * self.ratio) for rows in known]
+        rounds = range(1, 1 + -(-sum(counts) // self.outliers))
         outliers = torch.cat([permutation(self.outliers, self.seed, self.epoch, stream) for stream in rounds])
-        return [known.split(self.sizes[0])[: len(self)], (self.length + outliers[:needed]).split(self.sizes[1])]
+        return [known, (self.length + outliers[: sum(counts)]).split(counts)]
+
+
+@dataclass(frozen=True)
+class Balanced:
+    """Training batches that hold equally many images of each of some classes.
+
+    Attributes:
+        classes_per_batch: how many classes, drawn anew for each batch.
+        images_per_class: how many images of each.
+    """
+
+    classes_per_batch: int
+    images_per_class: int
+
+
+class BalancedPlan(BatchPlan):
+    """Batches of equally many rows of each of some classes, as tuples of embeddings need them.
+
+    Each batch draws its classes uniformly without replacement, and goes on through a shuffled list of each; the list
+    is reshuffled and begun again where fewer rows than a batch takes would remain. So classes are seen equally often
+    on average, not in each epoch.
+
+    A process takes whole batches: rank r of W takes batches ``r::W``, all ranks equally many, and a step of the
+    optimiser sees W balanced batches. A row may be in batches of several ranks.
+
+    Args:
+        labels: (N,) class of each row.
+        classes_per_batch: classes in a batch, at least 2.
+        images_per_class: rows of each of these, at least 2.
+        seed: what the order is drawn from, beside the epoch.
+    """
+
+    even = False
+
+    def __init__(self, labels: Tensor, classes_per_batch: int, images_per_class: int, seed: int = 0) -> None:
+        super().__init__()
+        self.classes_per_batch, self.images_per_class, self.seed = classes_per_batch, images_per_class, seed
+        self.sizes = (classes_per_batch * images_per_class,)
+        classes, counts = np.unique(labels.numpy(), return_counts=True)
+        if len(classes) and classes[0] < 0:
+            raise ValueError(
+                f"balanced batches need rows of classes 0, 1, ...; {counts[0]} have the label {classes[0]}"
+            )
+        if not 2 <= classes_per_batch <= len(classes):
+            raise ValueError(
+                f"classes_per_batch must be in 2..{len(classes)}, the number of classes, got {classes_per_batch}"
+            )
+        if not 2 <= images_per_class <= counts.min():
+            raise ValueError(
+                f"images_per_class must be in 2..{counts.min()}, the images of the smallest class "
+                f"({classes[counts.argmin()]}), got {images_per_class}"
+            )
+        self.length = len(labels)
+        self.total = (self.length - 1) // self.sizes[0]  # the authors' loop leaves out a last batch that just fits
+        self.members = np.split(np.argsort(labels.numpy(), kind="stable"), counts.cumsum()[:-1])
+
+    def __len__(self) -> int:
+        _, world_size = rank_and_world_size()
+        if self.total < world_size:
+            raise ValueError(
+                f"{self.length} rows make {self.total} balanced batches of {self.sizes[0]}, and {world_size} "
+                "processes need at least one each: take smaller batches or more data"
+            )
+        return self.total // world_size
+
+    def parts(self) -> list[Sequence[Tensor]]:
+        """Lay out the epoch of all processes in one part."""
+        random = np.random.default_rng((self.seed, self.epoch))
+        everyone = np.tile(np.arange(len(self.members)), (self.total, 1))
+        drawn = random.permuted(everyone, axis=1)[:, : self.classes_per_batch]
+        rows = np.empty((*drawn.shape, self.images_per_class), dtype=np.int64)
+        for label, members in enumerate(self.members):
+            places = drawn == label
+            rows[places] = _take_turns(members, int(places.sum()), self.images_per_class, random)
+        return [torch.from_numpy(rows).flatten(1).unbind()]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        rank, world_size = rank_and_world_size()
+        (batches,) = self.parts()
+        return iter(batches[rank::world_size][self.first : len(self)])
 
 
 class GivenPlan(BatchPlan):
@@ -153,6 +252,13 @@ class GivenPlan(BatchPlan):
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter(self.batches[self.first :])
+
+
+def _take_turns(rows: np.ndarray, turns: int, size: int, random: np.random.Generator) -> np.ndarray:
+    """Take ``size`` rows at a time, (turns, size), from a shuffled list; from a new one where that is used up."""
+    per_list = len(rows) // size
+    lists = random.permuted(np.tile(rows, (-(-turns // per_list), 1)), axis=1)
+    return lists[:, : per_list * size].reshape(-1, size)[:turns]
 
 
 def _check_fills(length: int, batch_size: int, drop_last: bool) -> None:

@@ -1,6 +1,6 @@
 """The public data sets of the field as ID data, with OOD sets and outliers from the catalogue."""
 
-import os
+import logging
 from abc import ABC
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,12 +14,15 @@ from datamodules.arrays import read_arrays
 from datamodules.augmentation import Augmentation
 from datamodules.datamodule import OODDataModule
 from datamodules.fitting import Fit, Resize, fit_arrays
-from datamodules.images import ArrayImages, ImageSet, anchored
+from datamodules.images import ArrayImages, ImageSet, anchored, data_root
 from datamodules.outliers import OutlierPool, RandomWindows
 from datamodules.packed import channels_first
 from datamodules.protocols import ProtocolName, find_protocol
 from datamodules.sets import Group, OODSet, Sets
 from datamodules.splits import OODSubset
+
+SCENES = {"Places", "SUN"}
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -52,6 +55,7 @@ class Public(OODDataModule, ABC):
 
     Args:
         protocol: whose experiments to follow.
+        train: whether there are ID training images; without them nothing can be trained, nor a score fitted.
         root: folder of all data; else the environment variable ``OOD_DATA``, else ``data``.
         ood: names of OOD sets, in the catalogue or in ``own``.
         outliers: auxiliary outliers for training.
@@ -72,6 +76,7 @@ class Public(OODDataModule, ABC):
     def __init__(
         self,
         protocol: ProtocolName | None = None,
+        train: bool = True,
         root: str | None = None,
         ood: list[str] | None = None,
         outliers: OutlierPool | None = None,
@@ -88,18 +93,38 @@ class Public(OODDataModule, ABC):
             if self._protocol is None:
                 raise ValueError("augmentation: protocol asks for that of the protocol, but no protocol is given")
             augmentation = self._protocol.augmentation
+        departures = [name for name, value in (("resize", resize), ("mean", mean), ("std", std)) if value is not None]
         if self._protocol is not None:
             mean, std = (self._protocol.mean, self._protocol.std) if mean is None and std is None else (mean, std)
             ood = list(self._protocol.ood) if ood is None else ood
             ood_subset = ood_subset or self._protocol.ood_subset
         super().__init__(mean=mean, std=std, augmentation=augmentation, ood_subset=ood_subset, **kwargs)
         self.protocol, self.root = protocol, data_root(root)
+        if protocol is not None and departures:
+            self.protocol = f"{protocol}, but another {', '.join(departures)}"
         self.ood, self.outlier_pool, self.own, self.resize = ood or [], outliers, own or {}, resize
+        self.train = train
+        self._check_names()
+
+    def _check_names(self) -> None:
+        """Raise a ``ValueError`` where names of sets make no sense."""
         if clash := sorted(set(self.own) & set(catalogue.ENTRIES)):
             raise ValueError(f"own sets must have names of their own; the catalogue has {', '.join(clash)} too")
-        for name in [*self.ood, *([outliers.name] if outliers is not None else [])]:
+        pool = self.outlier_pool
+        used = [*self.ood, *([pool.name] if pool is not None else [])]
+        for name in used:
             if name not in self.own:
                 catalogue.find(name)
+        if unused := sorted(set(self.own) - set(used)):
+            raise ValueError(f"own sets {', '.join(unused)} are used nowhere: name them in ood or outliers")
+        if twice := sorted({name for name in self.ood if self.ood.count(name) > 1}):
+            raise ValueError(f"OOD sets {', '.join(twice)} are named twice")
+        known = {self.test or self.data, f"{self.data}_train"}
+        known |= {f"openood_{self.data}_{split}_{self.data}" for split in ("train", "test")}
+        if same := sorted(known & set(self.ood)):
+            raise ValueError(f"{', '.join(same)} are the ID images themselves, they cannot be OOD")
+        if pool is not None and self.outlier_feed is None:
+            raise ValueError("outliers are given, but not how they come into training: outlier_feed is paired or mixed")
 
     def load(self) -> Sets:
         """Read everything from below the root, and from your own files."""
@@ -107,18 +132,30 @@ class Public(OODDataModule, ABC):
         if self._protocol is not None:
             train, test = self._protocol.train or train, self._protocol.test or test
         known = self._read(test)
-        return Sets(
-            train=self._read(train),
+        training = self._read(train) if self.train else None
+        if training is not None and list(training.classes) != list(known.classes):
+            unlike = sorted(set(training.classes) ^ set(known.classes))
+            raise ValueError(f"{train} and {test} have different classes: only one of them has {', '.join(unlike)}")
+        sets = Sets(
+            train=training,
             test=known,
-            ood={name: OODSet(self._read(name), self._group(name)) for name in self.ood},
+            ood={name: self._ood_set(name, known.origin) for name in self.ood},
             outliers=self._outliers(self.outlier_pool) if self.outlier_pool is not None else None,
             classes=list(known.classes),
         )
+        if sets.outliers is not None:
+            for name, ood in sets.ood.items():
+                if {sets.outliers.origin, ood.images.origin} == SCENES:
+                    log.warning("outliers and OOD set %s are different photographs of the same kinds of scenes", name)
+        return sets
 
-    def _group(self, name: str) -> Group:
+    def _ood_set(self, name: str, id_origin: str) -> OODSet:
+        """Read an OOD set; one of the ID images' origin is near, others are as the catalogue says."""
+        images = self._read(name)
         if name in self.own:
-            return self.own[name].group
-        return "near" if self.data in catalogue.find(name).near else "far"
+            return OODSet(images, self.own[name].group)
+        is_near = self.data in catalogue.find(name).near or images.origin == id_origin
+        return OODSet(images, "near" if is_near else "far")
 
     def _read(self, name: str, shape: tuple[int, int, int] | None = None) -> ImageSet:
         """Read a set of the catalogue or one of your own."""
@@ -126,21 +163,26 @@ class Public(OODDataModule, ABC):
             self._protocol.resize_of.get(name, self._protocol.resize) if self._protocol else self.own_resize
         )
         fit = Fit(shape or self.shape, resize)
-        return read_own(name, self.own[name], fit) if name in self.own else catalogue.read(name, self.root, fit)
+        if name not in self.own:
+            return catalogue.read(name, self.root, fit)
+        images = read_own(name, self.own[name], fit)
+        for source, facts in catalogue.SOURCES.items():
+            if Path(images.origin).is_relative_to((self.root / source).resolve()):
+                images.origin = facts.origin
+        return images
 
     def _outliers(self, chosen: OutlierPool) -> ImageSet:
         if chosen.crop_padding is None:
             return chosen.choose(self._read(chosen.name), self.split_seed)
-        whole = catalogue.find(chosen.name).shape
+        whole = None if chosen.name in self.own else catalogue.find(chosen.name).shape
         if whole is None:
-            raise ValueError(f"outliers: random windows want images of one size; those of {chosen.name} differ")
-        images = chosen.choose(self._read(chosen.name, whole), self.split_seed)
+            raise ValueError(
+                f"outliers: crop_padding wants a set of the catalogue whose images have one size, as imagenet64; "
+                f"{chosen.name} is none"
+            )
+        shape = (self.shape[0], *whole[1:])
+        images = chosen.choose(self._read(chosen.name, shape), self.split_seed)
         return RandomWindows(images, self.shape[1], chosen.crop_padding, self.split_seed)
-
-
-def data_root(root: str | None = None) -> Path:
-    """Locate the folder of all data: as given, else by the environment variable ``OOD_DATA``, else ``data``."""
-    return anchored(root or os.environ.get("OOD_DATA", "data"))
 
 
 def read_own(name: str, own: OwnSet, fit: Fit) -> ImageSet:
@@ -156,7 +198,7 @@ def read_own(name: str, own: OwnSet, fit: Fit) -> ImageSet:
         images = readers.npy(path.parent, fit, path.name)
     else:
         images = readers.tree(path, fit)
-    images.source = name
+    images.source, images.origin = name, str(path.resolve())
     return images
 
 

@@ -72,7 +72,6 @@ def tree(
     below: str = ".",
     labelled: bool = False,
     invert: bool = False,
-    limit: int | None = None,
 ) -> FolderImages:
     """Read image files below a folder, at any depth, in the order of their names.
 
@@ -82,7 +81,6 @@ def tree(
         below: the folder in it.
         labelled: each sub-folder is a class.
         invert: whether black and white are exchanged.
-        limit: take the first so many.
     """
     root = folder / below
     classes = find_classes(root) if labelled else []
@@ -91,7 +89,7 @@ def tree(
     else:
         names = find_images(root)
         labels = torch.full((len(names),), -1)
-    images = FolderImages(root, names[:limit], labels[:limit], fit, invert)
+    images = FolderImages(root, names, labels, fit, invert)
     images.classes = classes
     return images
 

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
+
 from datamodules.images import ImageSet, Rows
 from datamodules.splits import Subset, draw_labels, open_set, relabel, stratified_split
 
@@ -53,14 +55,20 @@ class Sets:
                 )
             if not len(images):
                 raise ValueError(f"set {name} ({images.source}) has no images")
+            images.read(torch.tensor([0]))  # what cannot be used is found before anything is trained
             if name in ("train", "test"):
                 _check_labels(images, len(self.classes))
+        if self.outliers is not None:
+            self._check_outliers(self.outliers)
+
+    def _check_outliers(self, outliers: ImageSet) -> None:
+        if outliers.source == self.test.source:
+            raise ValueError(f"the outliers are the ID test images ({outliers.source}): take others")
         for name, ood in self.ood.items():
-            if self.outliers is not None and self.outliers.origin and self.outliers.origin == ood.images.origin:
+            if outliers.origin and outliers.origin == ood.images.origin:
                 raise ValueError(
-                    f"the outliers ({self.outliers.source}) and the OOD set {name} are both taken from "
-                    f"{ood.images.origin}: who trains on the one must not test on the other; leave out {name}, or take "
-                    "other outliers"
+                    f"the outliers ({outliers.source}) and the OOD set {name} are both taken from {outliers.origin}: "
+                    f"who trains on the one must not test on the other; leave out {name}, or take other outliers"
                 )
 
     def subset(self, subset: Subset, seed: int) -> "Sets":

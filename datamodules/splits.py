@@ -35,18 +35,28 @@ class OODSubset:
         rule: ``all``; the ``first`` so many in the order of the set; or so many drawn at ``random``.
         count: how many.
         repeats: of random drawings, over which results are averaged.
+        id_per_ood: instead of a count, so many ID test images for each OOD image.
     """
 
     rule: Literal["all", "first", "random"] = "all"
     count: int | None = None
     repeats: int = 1
+    id_per_ood: int | None = None
 
     def __post_init__(self) -> None:
-        if (self.rule == "all") != (self.count is None) or (self.count is not None and self.count < 1):
-            wanted = "no count" if self.rule == "all" else "a count of at least 1"
-            raise ValueError(f"ood_subset: rule {self.rule!r} takes {wanted}, got {self.count}")
+        given = [value for value in (self.count, self.id_per_ood) if value is not None]
+        if len(given) != (self.rule != "all") or any(value < 1 for value in given):
+            wanted = "neither count nor id_per_ood" if self.rule == "all" else "a count or id_per_ood of at least 1"
+            got = f"count={self.count}, id_per_ood={self.id_per_ood}"
+            raise ValueError(f"ood_subset: rule {self.rule!r} takes {wanted}, got {got}")
         if self.repeats < 1 or (self.repeats > 1 and self.rule != "random"):
-            raise ValueError(f"ood_subset: only rule 'random' repeats, at least once; {self.rule!r} has {self.repeats}")
+            raise ValueError(f"ood_subset: repeats={self.repeats} with rule {self.rule!r}; only 'random' repeats")
+
+    def resolve(self, id_count: int) -> "OODSubset":
+        """Turn ``id_per_ood`` into a count, for so many ID test images."""
+        if self.id_per_ood is None:
+            return self
+        return OODSubset(self.rule, max(1, id_count // self.id_per_ood), self.repeats)
 
     def draw(self, length: int, seed: int) -> list[Tensor]:
         """Choose rows of a set, in order, for each repeat; the sets of the repeats may overlap."""
@@ -108,8 +118,8 @@ def stratified_split(
         count = round(len(members) * share)
         if not 0 < count < len(members):
             raise ValueError(
-                f"a share of {share} would hold out {count} of the {len(members)} images of class {name!r}; "
-                f"both sides need at least one: change {option}"
+                f"a share of {share} is {count} of the {len(members)} images of class {name!r}; "
+                f"there must be some on both sides: change {option}"
             )
         aside.append(np.random.default_rng((seed, label)).permutation(members)[:count])
     set_aside = np.zeros(len(labels), dtype=bool)

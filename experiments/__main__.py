@@ -42,6 +42,9 @@ def main(args: Sequence[str] | None = None) -> int:
             raise
         sys.stderr.write(f"error: {explain(str(error))}\n(set OOD_TRACEBACK=1 for the traceback)\n")
         return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return 130
     return 0
 
 

@@ -7,50 +7,58 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from datamodules.catalogue import ENTRIES, SOURCES, how_to_get, read
+from datamodules.catalogue import ENTRIES, SOURCES, how_to_get, read, way_out
 from datamodules.download import fetch, install
 from datamodules.fitting import Fit
-from datamodules.images import ImageSet
-from datamodules.public import data_root
+from datamodules.images import ImageSet, data_root
 
 
 def data(args: Sequence[str]) -> None:
     """``data check`` lists every set of images; ``data get NAME...`` downloads what may be downloaded."""
-    parser = argparse.ArgumentParser(prog="python -m experiments data", description=data.__doc__, allow_abbrev=False)
-    parser.add_argument("--root", help="folder of all data; else the environment variable OOD_DATA, else data")
+    root = argparse.ArgumentParser(add_help=False)
+    root.add_argument(
+        "--root",
+        default=argparse.SUPPRESS,
+        help="folder of all data; else the environment variable OOD_DATA, else data",
+    )
+    prog = "python -m experiments data"
+    parser = argparse.ArgumentParser(prog=prog, description=data.__doc__, allow_abbrev=False, parents=[root])
     verbs = parser.add_subparsers(dest="verb", required=True)
-    checking = verbs.add_parser("check", help="list every set: present, damaged, or how to get it")
+    checking = verbs.add_parser("check", help="list every set: present, damaged, or how to get it", parents=[root])
     checking.add_argument("names", nargs="*", metavar="SET", help="only these sets")
-    getting = verbs.add_parser("get", help="download")
+    getting = verbs.add_parser("get", help="download", parents=[root])
     getting.add_argument("names", nargs="+", metavar="NAME", help="sources or sets, as check names them")
     options = parser.parse_args(args)
-    root = data_root(options.root)
+    folder = data_root(getattr(options, "root", None))
     if options.verb == "check":
-        check(root, options.names)
-    else:
-        for name in options.names:
-            get(name, root)
+        check(folder, options.names)
+        return
+    problems = []
+    for source in dict.fromkeys(ENTRIES[name].source if name in ENTRIES else name for name in options.names):
+        try:
+            get(source, folder)
+        except (ValueError, OSError) as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError("\n".join(problems))
 
 
-def get(name: str, root: Path) -> None:
-    """Download a source into its folder below the root; ``ValueError`` where that is not possible."""
-    source = ENTRIES[name].source if name in ENTRIES else name
+def get(source: str, root: Path) -> None:
+    """Download a source into its folder below the root; an error in words where that is not possible."""
     if source not in SOURCES:
-        raise ValueError(f"no source of data is called {name!r}; known are: {', '.join(sorted(SOURCES))}")
+        raise ValueError(f"no source of data is called {source!r}; known are: {', '.join(sorted(SOURCES))}")
     folder, how = root / source, SOURCES[source].get
     if how is None:
         print(f"{source}: nothing to get, these images are made when they are needed")
-    elif isinstance(how, str):
+        return
+    if isinstance(how, str):
         raise ValueError(f"{source} cannot be downloaded by a program; its folder is {folder}: {how}")
-    elif folder.is_dir():
-        print(f"{source}: there is a folder {folder} already; `data check` says whether all is in it")
+    print(f"{source} (licence: {SOURCES[source].licence})")
+    if callable(how):
+        install(how, folder)
     else:
-        print(f"{source} (licence: {SOURCES[source].licence})")
-        if callable(how):
-            install(how, folder)
-        else:
-            fetch(how, folder)
-        print(f"{source}: {folder}")
+        fetch(how, folder)
+    print(f"{source}: {folder}")
 
 
 def check(root: Path, names: Sequence[str]) -> None:
@@ -60,7 +68,10 @@ def check(root: Path, names: Sequence[str]) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=120)
-    table = Table(title=f"Sets of images in {root}", caption="fingerprint: SHA-256 of what the images are, shortened")
+    table = Table(
+        title=f"Sets of images in {root}",
+        caption="fingerprint: of the images as they lie on disk, before anything is done to them",
+    )
     for column in ("set", "images", "fingerprint", "state"):
         table.add_column(column, no_wrap=True, justify="right" if column == "images" else "left")
     notes, damaged = {}, []
@@ -70,18 +81,17 @@ def check(root: Path, names: Sequence[str]) -> None:
         try:
             images = inspect(name, root)
             state = "present"
-        except FileNotFoundError as error:
-            by_hand = isinstance(SOURCES[source].get, str)
-            state = "missing: see below" if (root / source).is_dir() or by_hand else f"missing: make data-{source}"
-            if (root / source).is_dir():
-                notes[name] = str(error)
-            elif by_hand:
-                notes[source] = how_to_get(source)
-        except ValueError as error:
+        except FileNotFoundError:
+            state = f"missing: make data-{source}"
+            if isinstance(SOURCES[source].get, str):
+                state, notes[source] = "missing: see below", how_to_get(source)
+        except (ValueError, OSError) as error:
             state, notes[name] = "damaged: see below", str(error)
+            if (remedy := way_out(source, root / source)) not in notes[name]:
+                notes[name] += f"; {remedy}"
             damaged.append(name)
         count = ENTRIES[name].count if images is None else len(images)
-        fingerprint = "" if images is None else images.fingerprint()[:12]
+        fingerprint = "" if images is None else images.as_outliers().fingerprint()[:12]
         table.add_row(name, "" if count is None else f"{count:,}", fingerprint, state)
     console.print(table)
     for subject, note in notes.items():

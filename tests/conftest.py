@@ -8,6 +8,14 @@ os.environ.setdefault("MPLBACKEND", "agg")
 os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"  # Lightning calls what jsonargparse has renamed
 
 
+@pytest.fixture(scope="session", autouse=True)
+def data_folder(tmp_path_factory):
+    """Root of all data where a test names no other: tests leave nothing in the repository's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OOD_DATA", str(tmp_path_factory.mktemp("data")))
+        yield
+
+
 @pytest.fixture
 def checkpoints(tmp_path, monkeypatch):
     """Run folders below a temporary root instead of the repository's."""

@@ -235,7 +235,7 @@ def test_an_image_in_several_drawings_is_scored_once_and_counts_in_each(tmp_path
     metrics([str(tmp_path), "--rules", "openood", "--bootstrap", "0"])
     printed = capsys.readouterr().out
     assert f"{100 * rows['a']['auroc']:.1f} ± {100 * rows['a']['auroc_std']:.1f}" in printed
-    assert "OOD: 3 random draws of 12 of each set" in printed
+    assert "OOD: 3 random draws of 12 of each larger set" in printed
 
 
 def test_a_truncated_evaluation_has_no_drawings():

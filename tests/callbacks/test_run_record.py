@@ -15,7 +15,8 @@ CONFIG = yaml.safe_dump({"model": {"lr": 0.1}, "seed_everything": 0})
 
 def make_trainer(folder, train="a1"):
     trainer = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu", default_root_dir=folder)
-    trainer.datamodule = SimpleNamespace(fingerprints={"train": train, "id": "b2"}, outlier_feed=None)
+    fingerprints = {"train": train, "id": "b2", "outliers": "c3"}
+    trainer.datamodule = SimpleNamespace(fingerprints=fingerprints, outlier_feed=None, mean=(0.5,), std=(0.25,))
     return trainer
 
 
@@ -69,6 +70,11 @@ def test_overwrite_discards_the_run(tmp_path):
     assert not (tmp_path / "run" / "last.ckpt").exists()
 
 
+def test_where_data_lie_and_how_they_are_read_makes_no_difference():
+    old, new = ({"data": {"init_args": {"root": root, "num_workers": count}}} for root, count in (("a", 0), (None, 4)))
+    assert differences(old, new) == ""
+
+
 def test_differences_name_added_removed_and_changed_keys():
     text = differences({"a": 1, "b": {"c": 2}, "overwrite": True}, {"b": {"c": 3, "d": 4}, "overwrite": False})
     assert text.splitlines() == ["  a: 1 there, None here", "  b.c: 2 there, 3 here", "  b.d: None there, 4 here"]
@@ -115,8 +121,22 @@ def test_a_run_is_tested_on_the_images_it_was_fitted_on(tmp_path):
     record = RunRecord(tmp_path / "run", CONFIG)
     record.setup(make_trainer(tmp_path), None, "fit")
     record.teardown(make_trainer(tmp_path), None, "fit")
-    with pytest.raises(ValueError, match=r"not the ID training images.*\n.*fingerprint.train: 'a1' there, 'zz' here"):
-        record.setup(make_trainer(tmp_path, train="zz"), None, "test")
+    for stage in ("test", "fit"):
+        with pytest.raises(
+            ValueError, match=r"not the data that the run .*\n.*fingerprints.train: 'a1' there, 'zz' here"
+        ):
+            record.setup(make_trainer(tmp_path, train="zz"), None, stage)
+        record.teardown(make_trainer(tmp_path), None, stage)
+        for option, value, message in (
+            ("mean", (0.4,), r"mean: \[0.5\] there, \[0.4\] here"),
+            ("outlier_feed", "mixed", "outlier_feed: None there, 'mixed' here"),
+        ):
+            trainer = make_trainer(tmp_path)
+            setattr(trainer.datamodule, option, value)
+            with pytest.raises(ValueError, match=message):
+                record.setup(trainer, None, stage)
+            record.teardown(trainer, None, stage)
+    record.setup(make_trainer(tmp_path), None, "test")
     record.teardown(make_trainer(tmp_path), None, "test")
 
 

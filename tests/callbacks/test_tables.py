@@ -5,10 +5,13 @@ from callbacks.metrics import PRESETS
 from callbacks.results import HEADLINE
 from callbacks.tables import describe, over_seeds, print_results
 
+IMAGES = "10,000 ID test images (8f4b12); "
 ALL = {"rule": "all", "count": None, "repeats": 1}
 
 
-def run(name="seed0", auroc=0.5, std=None, preset="default", rule=("all", None, 1), protocol=None, outliers=None):
+def run(
+    name="seed0", auroc=0.5, std=None, preset="default", rule=("all", None, 1), protocol=None, outliers=None, lr=0.1
+):
     row = {"score": "msp", "ood_set": "svhn", "group": "far"} | dict.fromkeys(HEADLINE, auroc)
     if std is None:
         row |= {f"{metric}_{side}": auroc for metric in HEADLINE for side in ("low", "high")}
@@ -20,6 +23,8 @@ def run(name="seed0", auroc=0.5, std=None, preset="default", rule=("all", None, 
         "name": name,
         "method": "Heatmap",
         "protocol": protocol,
+        "splits": {"id": {"size": 10_000, "fingerprint": "8f4b12aa"}},
+        "configuration": {"model": {"lr": lr, "weights": name}, "data": {"root": name}},
         "known": None,
         "subset": {"fraction": 1.0, "num_labels": None},
         "ood_subset": dict(zip(ALL, rule, strict=True)),
@@ -39,13 +44,14 @@ def run(name="seed0", auroc=0.5, std=None, preset="default", rule=("all", None, 
         (("random", 2000, 1), "OOD: a random draw of 2,000 of each set; "),
         (
             ("random", 2000, 5),
-            "OOD: 5 random draws of 2,000 of each set (± over the draws, or over the seeds where there are several); ",
+            "OOD: 5 random draws of 2,000 of each larger set (± over the draws, or over the seeds where there are "
+            "several); ",
         ),
     ],
 )
 def test_a_caption_names_protocol_and_subset_where_there_are_any(rule, words):
-    assert describe(run(rule=rule)).startswith(words + "FPR95: ")
-    assert describe(run(rule=rule, protocol="heatmap")).startswith("protocol: heatmap; " + words + "FPR95: ")
+    assert describe(run(rule=rule)).startswith(IMAGES + words + "FPR95: ")
+    assert describe(run(rule=rule, protocol="heatmap")).startswith(IMAGES + "protocol: heatmap; " + words + "FPR95: ")
 
 
 def test_over_drawings_the_table_shows_the_standard_deviation(capsys):
@@ -78,14 +84,40 @@ def test_what_does_not_compare_stands_in_tables_of_its_own(capsys):
 
 def test_outliers_are_named(capsys):
     source = "/data/[old]/places"
-    print_results([run(), run("seed1", outliers={"source": source, "size": 60, "feed": "paired", "fingerprint": ""})])
+    outliers = {"source": source, "size": 60, "feed": "paired", "fingerprint": "", "duplicates": None}
+    print_results([run(), run("seed1", outliers=outliers)])
     printed = capsys.readouterr().out
     assert "seed0: ID accuracy 90.00%, outliers: none\n" in printed
     assert f"outliers: 60 images of {source}, paired\n" in printed
+    print_results([run(outliers=outliers | {"duplicates": {"svhn": 7}})])
+    assert "paired (7 of them also in svhn)\n" in capsys.readouterr().out
+
+
+def test_runs_of_other_settings_are_no_seeds_of_each_other(capsys):
+    runs = [run("seed0", 0.5), run("seed1", 0.7), run("lr", 0.9, lr=0.2)]
+    assert [joined["rows"][0]["auroc"] for joined in over_seeds(runs)] == [pytest.approx(0.6), 0.9]
+    print_results(runs)
+    printed = capsys.readouterr().out
+    assert "Heatmap seed0" in printed
+    assert "Heatmap lr" in printed
+
+
+def test_runs_on_other_id_images_stand_in_another_table(capsys):
+    other = run("seed1") | {"splits": {"id": {"size": 10_000, "fingerprint": "00112233"}}}
+    print_results([run(), other])
+    assert capsys.readouterr().out.count("OOD detection, %") == 2
+
+
+def test_a_set_near_to_one_and_far_from_another_has_a_row_for_each(capsys):
+    other = run("lr", lr=0.2)
+    other["rows"] = [row | {"group": "near"} for row in other["rows"]]
+    print_results([run(), other])
+    printed = capsys.readouterr().out
+    assert (printed.count("svhn (far)"), printed.count("svhn (near)"), printed.count("msp")) == (1, 1, 2)
 
 
 def test_a_caption_names_what_id_data_were_left_out():
     caption = describe(run() | {"known": 6, "subset": {"fraction": 0.125, "num_labels": 20}})
     assert caption.startswith(
-        "open set: the first 6 classes are ID; 20 of the classes; 12.5% of the ID training images; "
+        IMAGES + "open set: the first 6 classes are ID; 20 of the classes; 12.5% of the ID training images; "
     )

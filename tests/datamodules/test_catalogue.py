@@ -1,20 +1,11 @@
 import pytest
 import torch
-from miniature import write_everything
 
 from datamodules import catalogue
 from datamodules.catalogue import ENTRIES, SOURCES
 from datamodules.fitting import Fit
 from datamodules.folders import find_images
 from datamodules.protocols import PROTOCOLS
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("data")
-        write_everything(folder, patch, ENTRIES)
-        yield folder
 
 
 @pytest.mark.parametrize("name", ENTRIES)
@@ -52,7 +43,9 @@ def test_a_partial_folder_does_not_count_as_present(root, name):
     content = file.read_bytes()
     file.unlink()
     count = ENTRIES[name].count
-    with pytest.raises(ValueError, match=f"{name} has {count} images, .* holds {count - 1}: it is not all there"):
+    with pytest.raises(
+        ValueError, match=f"{name} has {count} images, .* holds {count - 1}; remove .*{name}, then `make data-{name}`"
+    ):
         catalogue.read(name, root, Fit((3, 32, 32), "crop"))
     file.write_bytes(content)
 

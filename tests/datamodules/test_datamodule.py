@@ -2,15 +2,20 @@ from dataclasses import replace
 
 import pytest
 import torch
+from miniature import draw
 from torch.utils.data import Dataset
 from torchvision.transforms import functional
 
-from datamodules import plans
+from datamodules import datamodule, plans
+from datamodules import images as sets_of_images
 from datamodules.augmentation import Augmentation, random_crop, random_flip
 from datamodules.batch import Batch, TrainingBatch
 from datamodules.datamodule import OODDataModule
-from datamodules.images import ArrayImages
+from datamodules.fitting import Fit
+from datamodules.images import ArrayImages, FolderImages, Rows
+from datamodules.plans import Balanced
 from datamodules.sets import OODSet, Sets
+from datamodules.splits import OODSubset, Subset
 
 
 def random_images(length, seed, shape=(3, 6, 6), classes=4, source="somewhere"):
@@ -281,3 +286,176 @@ def wrong_label():
 def test_sets_that_do_not_go_together_are_errors(change, message):
     with pytest.raises(ValueError, match=message):
         toy(replace(some_sets(), **change), outlier_feed="paired", val_split=0.1)
+
+
+def per_class(labels):
+    return labels.unique(return_counts=True)[1].tolist()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_balanced_batches_are_handed_out_whole(monkeypatch, world_size):
+    data = toy(balanced=Balanced(3, 4), val_split=0.2, eval_batch_size=7, augmentation=Augmentation(flip=True))
+
+    def epoch(rank, size):
+        monkeypatch.setattr(plans, "rank_and_world_size", lambda: (rank, size))
+        return list(data.train_dataloader())
+
+    whole = epoch(0, 1)
+    assert len(whole) == 79 // 12
+    for rank in range(world_size):
+        batches = epoch(rank, world_size)
+        assert len(batches) == len(data.train_dataloader()) == len(whole) // world_size
+        for batch, expected in zip(batches, whole[rank::world_size], strict=False):
+            assert isinstance(batch, TrainingBatch)
+            assert per_class(batch.labels) == [4, 4, 4]
+            assert torch.equal(batch.ids, expected.ids)
+            assert torch.equal(batch.images, data.sets["train"][batch.ids].images)
+    monkeypatch.undo()
+    assert {len(batch.ids) for batch in data.val_dataloader()} == {7, 6}
+    assert len(next(iter(toy(balanced=Balanced(3, 4)).fit_dataloader())).ids) == 16
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_balanced_training_resumes_in_mid_epoch(monkeypatch, world_size):
+    monkeypatch.setattr(plans, "rank_and_world_size", lambda: (world_size - 1, world_size))
+
+    def loader():
+        loader = toy(balanced=Balanced(2, 4)).train_dataloader()
+        loader.sampler.set_epoch(3)
+        return loader
+
+    whole = [batch.ids.tolist() for batch in loader()]
+    assert len(whole) == 12 // world_size
+    interrupted = loader()
+    iterator = iter(interrupted)
+    assert [next(iterator).ids.tolist() for _ in range(4)] == whole[:4]
+    restored = loader()
+    restored.load_state_dict(interrupted.state_dict())
+    assert [batch.ids.tolist() for batch in restored] == whole[4:]
+
+
+def test_served_rows_are_balanced_by_the_labels_of_the_training_images():
+    data = toy(balanced=Balanced(3, 4))
+    order = [batch.ids.tolist() for batch in data.train_dataloader()]
+    assert order != [batch.ids.tolist() for batch in toy(balanced=Balanced(3, 4), seed=1).train_dataloader()]
+    data.serve(Features(100))
+    batches = [batch["ids"] for batch in data.train_dataloader()]
+    assert [ids.tolist() for ids in batches] == order
+    assert {tuple(per_class(data.sets["train"].labels[ids])) for ids in batches} == {(4, 4, 4)}
+    data.serve(Features(110))
+    with pytest.raises(ValueError, match=r"a row for each of the 100 ID training images, .*; 110 are served"):
+        data.train_dataloader()
+
+
+def test_balanced_batches_that_make_no_sense_are_errors():
+    with pytest.raises(ValueError, match="no place for outliers: leave out outlier_feed='mixed'"):
+        toy(balanced=Balanced(3, 4), outlier_feed="mixed")
+    with pytest.raises(ValueError, match=r"classes_per_batch must be in 2\.\.4"):
+        toy(balanced=Balanced(5, 4)).train_dataloader()
+
+
+def folder_of(path, count, classes=4, size=(6, 6, 3)):
+    names = [f"{row:02}.png" for row in range(count)]
+    for name in names:
+        draw(path / name, size)
+    return FolderImages(path, names, torch.arange(count) % classes, Fit((3, *size[:2])))
+
+
+def files_of(root, size=(6, 6, 3)):
+    far, outliers = (folder_of(root / name, count, size=size) for name, count in (("far", 25), ("outliers", 40)))
+    outliers.labels = torch.full((40,), -1)
+    return Sets(
+        train=folder_of(root / "train", 60, size=size),
+        test=folder_of(root / "test", 30, size=size),
+        ood={"far": OODSet(far), "memory": OODSet(random_images(20, 2, shape=(3, *size[:2])))},
+        outliers=Rows(outliers, torch.arange(0, 40, 2)),
+        classes=["a", "b", "c", "d"],
+    )
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """The files that are decoded, one by one."""
+    names, read_image = [], sets_of_images.read_image
+    monkeypatch.setattr(Sets, "check", lambda sets, remedy: None)  # looks at the first image of each set
+
+    def read(file, fit):
+        names.append("/".join(file.parts[-2:]))
+        return read_image(file, fit)
+
+    monkeypatch.setattr(sets_of_images, "read_image", read)
+    return names
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    """The folder of decoded images."""
+    monkeypatch.setenv("OOD_DATA", str(tmp_path / "root"))
+    return tmp_path / "root" / ".packed"
+
+
+def served(data):
+    """Everything that a data module serves, by split, as bytes."""
+    loaders = data.test_dataloader() | {"train": data.train_dataloader(), "fit": data.fit_dataloader()}
+    batches = {name: list(loader) for name, loader in loaders.items()}
+    return {name: [[part.numpy().tobytes() for part in batch] for batch in all_] for name, all_ in batches.items()}
+
+
+OPTIONS = {
+    "known": 3,
+    "subset": Subset(fraction=0.8),
+    "val_split": 0.25,
+    "fit_limit": 20,
+    "ood_subset": OODSubset("random", 10, repeats=2),
+    "outlier_feed": "paired",
+    "batch_size": 10,
+}
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_small_images_are_decoded_once(tmp_path, kept, decoded, monkeypatch, num_workers):
+    sets = files_of(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(datamodule, "SMALL", 5)
+        plain = toy(sets, **OPTIONS)
+    assert not kept.exists()
+    assert decoded == []
+    expected = served(plain)
+    decoded.clear()
+
+    random = torch.get_rng_state()
+    first = toy(sets, num_workers=num_workers, **OPTIONS)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert len(list(kept.glob("*.npy"))) == 5  # training and test images, of other classes, OOD set, outliers
+    if not num_workers:
+        used = {name: sum(each.startswith(name) for each in decoded) for name in ("train", "test", "far", "outliers")}
+        assert used == {"train": 36, "test": 30, "far": plain.sizes["far"], "outliers": 20}
+        assert len(decoded) == len(set(decoded))
+    decoded.clear()
+    again = toy(sets, num_workers=num_workers, **OPTIONS)
+    for data in (first, again):
+        assert served(data) == expected
+        assert data.fingerprints == plain.fingerprints
+        assert data.sizes == plain.sizes
+        assert {name: images.source for name, images in data.sets.items()} == {
+            name: images.source for name, images in plain.sets.items()
+        }
+    assert decoded == []
+
+
+def test_large_images_stay_in_their_files(tmp_path, kept):
+    data = toy(files_of(tmp_path, size=(4, 65, 3)))
+    assert isinstance(data.sets["train"], FolderImages)
+    assert not kept.exists()
+
+
+def test_where_nothing_can_be_kept_images_are_decoded_each_time(tmp_path, kept, decoded):
+    sets = files_of(tmp_path)
+    kept.parent.write_text("not a folder")
+    with pytest.warns(UserWarning, match=r"images are decoded each time .* cannot be kept in .*\.packed: ") as warned:
+        data = toy(sets, outlier_feed="paired")
+    assert len(warned) == 1
+    assert decoded == []
+    list(data.test_dataloader()["id"])
+    list(data.test_dataloader()["id"])
+    assert len(decoded) == 60

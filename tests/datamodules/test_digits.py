@@ -4,6 +4,7 @@ import torch
 from sklearn.datasets import load_digits
 
 from datamodules.digits import Digits
+from datamodules.splits import OODSubset, Subset
 
 
 def digits(**kwargs):
@@ -81,3 +82,14 @@ def test_all_digits_are_known_where_none_are_unknown():
 def test_unknown_ood_name_lists_the_known_ones():
     with pytest.raises(ValueError, match="no OOD set svhn; it has: photograph, noise"):
         Digits(ood=("svhn", "noise"), batch_size=8)
+
+
+def test_subsets_do_not_depend_on_the_training_seed():
+    options = {"subset": Subset(fraction=0.5, num_labels=8), "ood_subset": OODSubset("random", 50, 2)}
+    first, second = (digits(seed=seed, **options) for seed in (0, 1))
+    assert first.fingerprints == second.fingerprints
+    assert first.classes == second.classes
+    other = digits(split_seed=1, **options)
+    assert not set(first.fingerprints.values()) & {
+        other.fingerprints[name] for name in ("train", "photograph", "noise")
+    }

@@ -401,7 +401,7 @@ def test_install_keeps_nothing_of_what_fails(folder):
         (root / "half").mkdir()
         raise RuntimeError("no such server")
 
-    with pytest.raises(ConnectionError, match="set: no such server"):
+    with pytest.raises(ConnectionError, match="set cannot be downloaded: no such server"):
         install(fail, folder)
     assert not folder.exists()
     install(lambda root: (root / "other").mkdir(), folder)

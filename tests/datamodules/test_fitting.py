@@ -3,7 +3,7 @@ import pytest
 from PIL import Image
 from torchvision.transforms import functional
 
-from datamodules.fitting import Fit, fit_arrays, fit_size, read_image
+from datamodules.fitting import Fit, fit_arrays, fit_image, fit_size, read_image
 
 
 def photograph(height, width):
@@ -71,6 +71,13 @@ def test_colours():
     made_grey = fit_arrays(colour, Fit((1, 8, 8)), "colour")
     assert made_grey.shape == (1, 8, 8, 1)
     assert abs(int(made_grey[0, 0, 0, 0]) - luma) <= 1
+
+
+def test_arrays_and_files_become_the_same_images():
+    image = photograph(224, 224)
+    for resize in ("squash", "crop", "window", "pad", "imagenet", None):
+        fit = Fit((3, 224, 224), resize)
+        assert np.array_equal(fit_arrays(np.asarray(image)[None], fit, "x")[0], fit_image(image, fit))
 
 
 def test_arrays_that_fit_are_not_touched():

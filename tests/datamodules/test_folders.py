@@ -104,7 +104,7 @@ def test_fingerprints(root):
 
     first = fingerprint()
     assert fingerprint() == first
-    others = [fingerprint(resize="crop"), fingerprint(image_size=(5, 5)), fingerprint(channels=1)]
+    others = [fingerprint(resize="crop"), fingerprint(image_size=(5, 5), resize="squash"), fingerprint(channels=1)]
     (root / "test" / "cat" / "0.png").rename(root / "test" / "cat" / "00.png")
     others.append(fingerprint())
     with (root / "test" / "dog" / "0.png").open("ab") as file:
@@ -140,17 +140,15 @@ def test_wrong_images_are_errors_that_name_the_file(root):
         (root / "wrong").mkdir(exist_ok=True)
         path = root / "wrong" / name
         path.write_bytes(content)
-        data = folders(root, ood={"wrong": FolderSet(str(root / "wrong"))})
         with pytest.raises(ValueError, match=f"cannot use image .*{name}"):
-            list(data.test_dataloader()["wrong"])
+            folders(root, ood={"wrong": FolderSet(str(root / "wrong"))})
         path.unlink()
     draw(root / "wrong" / "large.png", (7, 9))
-    data = folders(root, ood={"wrong": FolderSet(str(root / "wrong"))})
     with pytest.raises(ValueError, match=r"large.png: it is 7x9 \(HxW\), 6x6 is wanted; say how"):
-        list(data.test_dataloader()["wrong"])
+        folders(root, ood={"wrong": FolderSet(str(root / "wrong"))})
     Image.fromarray(np.full((6, 6), 40_000, dtype=np.uint16)).save(root / "wrong" / "large.png")
     with pytest.raises(ValueError, match=r"large.png: pixels are of mode I;16, not 8 bits"):
-        list(data.test_dataloader()["wrong"])
+        folders(root, ood={"wrong": FolderSet(str(root / "wrong"))})
 
 
 def test_wrong_folders_are_errors(root):

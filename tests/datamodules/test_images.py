@@ -28,6 +28,13 @@ def test_rows_count_from_zero():
     assert batch.ids.tolist() == [2, 0]
 
 
+def test_rows_tell_themselves_apart():
+    whole = images_of(4)
+    some = [Rows(whole, torch.tensor(rows)) for rows in ([0, 1], [0, 2], [2, 0])]
+    some[0].labels = some[1].labels = some[2].labels = torch.zeros(2, dtype=torch.int64)
+    assert len({images.fingerprint() for images in some}) == 3
+
+
 def test_outliers_follow_the_id_images():
     both = WithOutliers(images_of(4), images_of(3, start=100))
     batch = both[torch.tensor([5, 0, 6, 3])]

@@ -65,6 +65,10 @@ def test_windows_are_cut_from_the_padded_image_and_stay_the_same():
     whole = images(400, 8)
     windows = RandomWindows(whole, 4, 2, seed=0)
     assert windows.shape == (3, 4, 4)
+    whole.origin = "ImageNet"
+    assert RandomWindows(whole, 4, 2, seed=0).origin == "ImageNet"
+    assert windows.final
+    assert not whole.final
     cut = windows.read(torch.arange(400))
     padded = functional.pad(whole.images, [2] * 4)
     offsets, mirrored = [], 0

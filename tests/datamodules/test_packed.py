@@ -1,5 +1,10 @@
 import io
+import logging
+import multiprocessing
+import os
 import pickle
+import signal
+import time
 
 import lmdb
 import numpy as np
@@ -9,8 +14,10 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.transforms import functional
 
+from datamodules import packed
 from datamodules.fitting import Fit
-from datamodules.packed import LMDBImages, MappedImages
+from datamodules.images import FolderImages, Rows
+from datamodules.packed import LMDBImages, MappedImages, PackedImages, pack
 
 RANDOM = np.random.default_rng(0)
 
@@ -21,9 +28,9 @@ def write_array(path, count=10, size=(8, 8)):
     return images
 
 
-def encoded(image):
+def encoded(image, kind="png"):
     file = io.BytesIO()
-    Image.fromarray(image).save(file, "png")
+    Image.fromarray(image).save(file, kind)
     return file.getvalue()
 
 
@@ -194,3 +201,209 @@ def test_damaged_databases_are_errors(tmp_path, databases):
     (paths[0] / "data.mdb").write_bytes(b"text" * 4096)
     with pytest.raises(ValueError, match="first cannot be read as an LMDB"):
         LMDBImages(paths, Fit((3, 8, 8)), "scenes")
+
+
+def write_folder(path, count=9):
+    """Write images whose files all have one size; return them."""
+    path.mkdir(parents=True, exist_ok=True)
+    images = RANDOM.integers(0, 256, (count, 8, 6, 3), dtype=np.uint8)
+    for row, image in enumerate(images):
+        Image.fromarray(image).save(path / f"{row}.bmp")
+        os.utime(path / f"{row}.bmp", ns=(0, 0))
+    return images
+
+
+def read_folder(path, count=9):
+    images = FolderImages(path, [f"{row}.bmp" for row in range(count)], torch.arange(count) % 4, Fit((3, 8, 6)))
+    images.source, images.origin, images.classes = "scenes", "somewhere", ["a", "b", "c", "d"]
+    return images
+
+
+@pytest.fixture
+def sets(tmp_path, databases):
+    write_folder(tmp_path / "files")
+    folder, database = read_folder(tmp_path / "files"), LMDBImages(databases[0], Fit((3, 8, 8)), "scenes")
+    return {
+        "folder": folder,
+        "rows": Rows(folder, torch.tensor([7, 2, 5, 0])),
+        "database": database,
+        "rows of rows": Rows(Rows(database, torch.tensor([4, 1, 0, 3])), torch.tensor([3, 1, 0, 2])),
+        "outliers": folder.as_outliers(),
+        "grey": FolderImages(folder.root, folder.names, folder.labels, Fit((1, 4, 4), "squash"), invert=True),
+    }
+
+
+@pytest.mark.parametrize("kind", ["folder", "rows", "database", "rows of rows", "outliers", "grey"])
+def test_a_packed_set_is_the_same_set(tmp_path, sets, kind):
+    images = sets[kind]
+    found = pack(images, tmp_path / "packed")
+    assert isinstance(found, PackedImages)
+    assert [(file.suffix, len(file.stem)) for file in sorted((tmp_path / "packed").iterdir())] == [
+        (".lock", 64),
+        (".npy", 64),
+    ]
+    for name in ("shape", "source", "origin", "classes", "final"):
+        assert getattr(found, name) == getattr(images, name)
+    for one, other in ((found, images), (found.as_outliers(), images.as_outliers())):
+        rows = torch.tensor([3, 0, 2, 2])
+        assert len(one) == len(other)
+        assert all(torch.equal(*parts) for parts in zip(one[rows], other[rows], strict=True))
+        assert one[rows].images.is_contiguous()
+        assert one.fingerprint() == other.fingerprint()
+        some, others = Rows(one, rows), Rows(other, rows)
+        assert some.fingerprint() == others.fingerprint()
+        assert torch.equal(some.read(torch.tensor([1, 3])), others.read(torch.tensor([1, 3])))
+    assert found.read(torch.arange(0)).shape == (0, *images.shape)
+    same_in_workers(found)
+
+
+def test_a_packed_set_is_mapped_not_read(tmp_path):
+    write_folder(tmp_path / "files")
+    images = Rows(read_folder(tmp_path / "files"), torch.arange(9).repeat(300))
+    found = pack(images, tmp_path / "packed", num_workers=2)
+    rows = torch.tensor([2699, 5, 1300])
+    assert torch.equal(found.read(rows), images.read(rows))
+    assert isinstance(found._mapped, np.memmap)
+    assert np.load(found.path).shape == (2700, 3, 8, 6)
+    assert len(pickle.dumps(found)) < found.path.stat().st_size / 5
+
+
+def test_images_are_packed_once(tmp_path, sets, monkeypatch):
+    first = [pack(images, tmp_path / "packed") for images in sets.values()]
+    paths = [images.path for images in first]
+    assert paths[0] == paths[4]  # labels make no difference
+    assert len(set(paths)) == 5
+    monkeypatch.setattr(packed, "_decode", None)
+    for images, path in zip(sets.values(), paths, strict=True):
+        assert pack(images, tmp_path / "packed").path == path
+
+
+def test_an_edited_image_is_noticed(tmp_path):
+    write_folder(tmp_path / "files")
+    before = read_folder(tmp_path / "files")
+    assert not pack(before, tmp_path / "packed").read(torch.tensor([4])).eq(7).all()
+    size = (tmp_path / "files/4.bmp").stat().st_size
+    Image.fromarray(np.full((8, 6, 3), 7, dtype=np.uint8)).save(tmp_path / "files/4.bmp")
+    after = read_folder(tmp_path / "files")
+    assert (tmp_path / "files/4.bmp").stat().st_size == size
+    assert after.fingerprint() == before.fingerprint()
+    for images, row in ((after, 4), (Rows(after, torch.tensor([0, 4])), 1)):
+        assert pack(images, tmp_path / "packed").read(torch.tensor([row])).eq(7).all()
+
+
+def test_an_edited_database_is_noticed(tmp_path):
+    made = []
+    for shade in (3, 7):
+        write_lmdb(tmp_path / "scenes", {b"a": encoded(np.full((8, 8, 3), shade, dtype=np.uint8), "bmp")})
+        images = LMDBImages([tmp_path / "scenes"], Fit((3, 8, 8)), "scenes")
+        made.append(images.fingerprint())
+        assert pack(images, tmp_path / "packed").read(torch.tensor([0])).eq(shade).all()
+    assert made[0] == made[1]
+
+
+def test_folders_that_look_alike_are_not_taken_for_each_other(tmp_path):
+    for name in ("train", "test"):
+        expected = write_folder(tmp_path / name)
+        found = pack(read_folder(tmp_path / name), tmp_path / "packed")
+        assert np.array_equal(found.read(torch.arange(9)).permute(0, 2, 3, 1), expected)
+
+
+@pytest.mark.parametrize("damage", ["empty", "header", "short", "long", "other", "text"])
+def test_a_damaged_array_is_made_anew(tmp_path, caplog, damage):
+    write_folder(tmp_path / "files")
+    images = read_folder(tmp_path / "files")
+    path = pack(images, tmp_path / "packed").path
+    whole = path.read_bytes()
+    np.save(tmp_path / "other.npy", np.zeros((9, 3, 8, 6), dtype=np.int8))
+    other = (tmp_path / "other.npy").read_bytes()
+    path.write_bytes(
+        {"empty": b"", "header": whole[:100], "short": whole[:-1], "long": whole + b"0", "other": other, "text": b"x"}[
+            damage
+        ]
+    )
+    with caplog.at_level(logging.WARNING):
+        found = pack(read_folder(tmp_path / "files"), tmp_path / "packed")
+    warned = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert warned == [f"{path} is damaged and made anew"]
+    assert path.read_bytes() == whole
+    assert torch.equal(found.read(torch.arange(9)), images.read(torch.arange(9)))
+
+
+def test_nothing_is_left_of_a_failed_decoding(tmp_path):
+    write_folder(tmp_path / "files")
+    (tmp_path / "files/8.bmp").write_bytes(b"text")
+    with pytest.raises(ValueError, match=r"cannot use image .*8\.bmp"):
+        pack(read_folder(tmp_path / "files"), tmp_path / "packed")
+    assert {file.suffix for file in (tmp_path / "packed").iterdir()} == {".lock"}
+
+
+def test_a_folder_that_cannot_be_written_is_an_error(tmp_path):
+    write_folder(tmp_path / "files")
+    (tmp_path / "packed").write_text("not a folder")
+    with pytest.raises(OSError, match="packed"):
+        pack(read_folder(tmp_path / "files"), tmp_path / "packed")
+
+
+def pack_slowly(images, folder, calls, seconds, reports):
+    def read(rows):
+        calls.put(os.getpid())
+        time.sleep(seconds)
+        return FolderImages.read(images, rows)
+
+    images.read = read
+    records = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())
+    packed.logger.addHandler(handler)
+    packed.logger.setLevel(logging.INFO)
+    found = pack(images, folder)
+    reports.put((found.fingerprint(), found.read(torch.arange(len(images))).numpy().tobytes(), records))
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Start a process that packs the folder; it says when it decodes, and what it made."""
+    context = multiprocessing.get_context("fork")
+    processes, calls, reports = [], context.Queue(), context.Queue()
+
+    def begin(images, seconds):
+        processes.append(
+            context.Process(target=pack_slowly, args=(images, tmp_path / "packed", calls, seconds, reports))
+        )
+        processes[-1].start()
+        return processes[-1], calls, reports
+
+    yield begin
+    for process in processes:
+        process.kill()
+        process.join()
+
+
+def test_processes_wait_for_the_first(tmp_path, start, monkeypatch):
+    monkeypatch.setattr(packed, "CHUNK", 3)
+    expected = write_folder(tmp_path / "files").transpose(0, 3, 1, 2).tobytes()
+    images = read_folder(tmp_path / "files")
+    for _ in range(2):
+        _, calls, reports = start(images, 0.2)
+    made = [reports.get(timeout=30) for _ in range(2)]
+    assert {(fingerprint, content) for fingerprint, content, _ in made} == {(images.fingerprint(), expected)}
+    assert len({calls.get(timeout=5) for _ in range(3)}) == 1
+    assert calls.empty()
+    said = sorted(records[0] for _, _, records in made)
+    assert said[0].startswith("decoding the 9 images of scenes, this once, into ")
+    assert said[1] == "waiting for another process that decodes scenes"
+
+
+def test_a_killed_process_leaves_nothing_that_counts(tmp_path, start, monkeypatch):
+    monkeypatch.setattr(packed, "CHUNK", 1)
+    expected = write_folder(tmp_path / "files").transpose(0, 3, 1, 2)
+    images = read_folder(tmp_path / "files")
+    process, calls, _ = start(images, 0.1)
+    for _ in range(4):
+        calls.get(timeout=30)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert {file.suffix for file in (tmp_path / "packed").iterdir()} == {".lock", ".part"}
+    assert np.array_equal(pack(images, tmp_path / "packed").read(torch.arange(9)), expected)
+    assert {file.suffix for file in (tmp_path / "packed").iterdir()} == {".lock", ".npy"}

@@ -1,14 +1,15 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from jsonargparse import ArgumentParser
-from miniature import draw, pixels, write_everything
+from miniature import draw, pixels
 from PIL import Image
 
 from datamodules.augmentation import Augmentation
-from datamodules.catalogue import ENTRIES
 from datamodules.datamodule import OODDataModule
-from datamodules.fitting import read_image
+from datamodules.fitting import Fit, read_image
 from datamodules.outliers import OutlierPool
 from datamodules.protocols import PROTOCOLS
 from datamodules.public import CIFAR, LSUN, MNIST, ImageNet, OwnSet, TinyImageNet
@@ -24,14 +25,6 @@ ID = {
 }
 SHAPES = {"mnist": (1, 28, 28), "tiny_imagenet": (3, 64, 64), "imagenet": (3, 224, 224)}
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("data")
-        write_everything(folder, patch, ENTRIES)
-        yield folder
 
 
 @pytest.fixture
@@ -63,7 +56,7 @@ def test_every_protocol_serves_its_sets(public, protocol, data):
         images = as_the_network_gets_them(module, name)
         assert images.shape[1:] == module.image_shape
         assert images.dtype == torch.float32
-    assert module.ood_subset == rules.ood_subset
+    assert module.ood_subset == rules.ood_subset.resolve(module.sizes["id"])
     assert len(next(iter(module.train_dataloader())).images) == 2
 
 
@@ -138,9 +131,11 @@ def test_everything_of_a_protocol_can_be_said_otherwise(public):
     assert list(module.groups) == ["svhn", "textures"]
     assert (module.mean, module.std) == ([0.1], [0.2])
     assert len(module.repeats["svhn"]) == 3
-    squashed = public("cifar10", protocol="heat", ood=["textures"]).fingerprints["textures"]
-    assert public("cifar10", protocol="heatmap", ood=["textures"], resize="squash").fingerprints["textures"] == squashed
-    assert public("cifar10", protocol="heatmap", ood=["textures"]).fingerprints["textures"] != squashed
+    assert module.protocol == "heatmap, but another resize, mean, std"
+    options = {"ood": ["textures"], "ood_subset": OODSubset()}
+    squashed = public("cifar10", protocol="heat", **options).fingerprints["textures"]
+    assert public("cifar10", protocol="heatmap", resize="squash", **options).fingerprints["textures"] == squashed
+    assert public("cifar10", protocol="heatmap", **options).fingerprints["textures"] != squashed
 
 
 def test_a_protocol_that_says_nothing_about_the_data(public):
@@ -152,7 +147,7 @@ def test_unknown_names_are_said_before_anything_is_read(root):
     with pytest.raises(ValueError, match=r"'svnh'; known are: .*svhn"):
         CIFAR(ood=["svnh"], batch_size=2, root=str(root / "nowhere"))
     with pytest.raises(ValueError, match=r"'imagnet64'; known are: .*imagenet64"):
-        CIFAR(outliers=OutlierPool("imagnet64"), batch_size=2)
+        CIFAR(outliers=OutlierPool("imagnet64"), outlier_feed="mixed", batch_size=2)
     with pytest.raises(ValueError, match="the catalogue has svhn too"):
         CIFAR(own={"svhn": OwnSet("x")}, batch_size=2)
 
@@ -211,18 +206,17 @@ def test_noise_is_what_the_paper_feeds(public):
     assert torch.equal(as_the_network_gets_them(again, "noise"), noise)
 
 
-def test_cropped_archives_lose_their_frame(public):
+def test_cropped_archives_lose_their_frame(public, root):
     module = public("cifar10", protocol="variational_metric")
     images = module.sets["lsun_crop"]
-    framed = images.fit._replace(shape=(3, 36, 36), resize=None)
-    original = torch.from_numpy(read_image(images.root / images.names[0], framed)).permute(2, 0, 1)
+    original = torch.from_numpy(read_image(min((root / "lsun_crop").rglob("*.png")), Fit((3, 36, 36)))).permute(2, 0, 1)
     assert torch.equal(images.read(torch.arange(1))[0], original[:, 2:34, 2:34])
 
 
 def test_first_images_only(public):
     module = public("cifar10", protocol="heatmap", ood_subset=OODSubset("first", 2))
     assert {module.sizes[name] for name in module.groups} == {2}
-    everything = public("cifar10", protocol="heatmap")
+    everything = public("cifar10", protocol="heatmap", ood_subset=OODSubset())
     for name in module.groups:
         first = torch.arange(2)
         assert torch.equal(module.sets[name].read(first), everything.sets[name].read(first))
@@ -238,7 +232,9 @@ def test_sets_of_your_own(public, root, tmp_path):
         "digits": OwnSet(str(tmp_path / "arrays.npz"), resize="pad"),
         "others": OwnSet(str(tmp_path / "array.npy")),
     }
-    module = public(own=own, ood=["svhn", "photographs", "digits"], outliers=OutlierPool("others", limit=2))
+    module = public(
+        own=own, ood=["svhn", "photographs", "digits"], outliers=OutlierPool("others", limit=2), outlier_feed="mixed"
+    )
     assert module.groups == {"svhn": "far", "photographs": "near", "digits": "far"}
     assert [module.sizes[name] for name in ("photographs", "digits", "outliers")] == [3, 4, 2]
     assert all(module.sets[name].source == name for name in ("photographs", "digits"))
@@ -248,7 +244,7 @@ def test_sets_of_your_own(public, root, tmp_path):
 
 def test_outliers_of_the_origin_of_an_ood_set_are_refused(public):
     with pytest.raises(ValueError, match=r"places365_train.* and the OOD set places365 are both taken from Places"):
-        public(protocol="heat", outliers=OutlierPool("places365_train"))
+        public(protocol="heat", outliers=OutlierPool("places365_train"), outlier_feed="mixed")
     module = public(protocol="heat", outliers=OutlierPool("random_images"), outlier_feed="paired")
     assert module.sizes["outliers"] == 7
 
@@ -258,17 +254,17 @@ def test_outliers_as_unleashing_mask_cuts_them(public):
     module = public(protocol="unleashing_mask", outliers=outliers, outlier_feed="paired")
     assert module.sets["outliers"].shape == (3, 32, 32)
     assert module.sizes["outliers"] == 3
-    again = public(protocol="unleashing_mask", outliers=outliers, seed=3)
+    again = public(protocol="unleashing_mask", outliers=outliers, outlier_feed="paired", seed=3)
     assert again.fingerprints["outliers"] == module.fingerprints["outliers"]
     assert not torch.equal(
-        public(outliers=outliers, split_seed=1).sets["outliers"].read(torch.arange(3)),
+        public(outliers=outliers, outlier_feed="mixed", split_seed=1).sets["outliers"].read(torch.arange(3)),
         module.sets["outliers"].read(torch.arange(3)),
     )
 
 
 def test_windows_want_images_of_one_size(public, tmp_path):
-    with pytest.raises(ValueError, match="random windows want images of one size; those of sun differ"):
-        public(outliers=OutlierPool("sun", crop_padding=4))
+    with pytest.raises(ValueError, match=r"crop_padding wants a set .* whose images have one size.*; sun is none"):
+        public(outliers=OutlierPool("sun", crop_padding=4), outlier_feed="mixed")
 
 
 def test_the_root_may_be_said_by_the_environment(root, monkeypatch):
@@ -292,6 +288,7 @@ data:
     augmentation: protocol
     outliers: {{name: tiny_images, limit: 2}}
     outlier_feed: mixed
+    ood: [svhn, mine]
     own: {{mine: {{path: somewhere, resize: crop}}}}
     ood_subset: {{rule: random, count: 2, repeats: 2}}
     known: 4
@@ -307,3 +304,92 @@ data:
     assert parser.parse_string(parser.dump(config)) == config
     augmented = parser.parse_string(text.replace("augmentation: protocol", "augmentation: {flip: true}"))
     assert parser.instantiate(augmented).data.augmentation == Augmentation(flip=True)
+
+
+def test_names_that_make_no_sense(public):
+    for names, message in (
+        (["svhn", "svhn"], "OOD sets svhn are named twice"),
+        (["cifar10"], "cifar10 are the ID images themselves"),
+        (["svhn", "openood_cifar10_test_cifar10"], "openood_cifar10_test_cifar10 are the ID images themselves"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            public("cifar10", ood=names)
+    with pytest.raises(ValueError, match="own sets mine are used nowhere"):
+        public(own={"mine": OwnSet("nowhere")})
+    with pytest.raises(ValueError, match="not how they come into training: outlier_feed is"):
+        public(outliers=OutlierPool("random_images"))
+
+
+def test_sets_of_the_origin_of_the_id_images_are_near(public):
+    names = ["tiny_imagenet", "tiny_imagenet_crop", "imagenet", "svhn"]
+    assert public("tiny_imagenet", ood=names, resize="crop").groups == dict.fromkeys(names, "near") | {"svhn": "far"}
+    assert public("lsun", ood=["lsun_crop"]).groups == {"lsun_crop": "near"}
+
+
+def test_the_same_pictures_are_refused_under_whatever_name(public, root, tmp_path):
+    np.save(tmp_path / "some.npy", pixels(5, 32, 32, 3))
+    own = {name: OwnSet(str(tmp_path / "some.npy")) for name in ("first", "second")}
+    for outliers, options in (
+        ("first", {"own": {"first": own["first"]}, "ood": ["first"]}),
+        ("first", {"own": own, "ood": ["second"]}),
+        ("lsun_crop", {"own": {"mine": OwnSet(str(root / "lsun_resize" / "LSUN_resize"))}, "ood": ["mine"]}),
+        ("cifar100", {"known": 4}),
+        ("tiny_images", {"known": 4}),
+    ):
+        with pytest.raises(ValueError, match="both taken from"):
+            public(outliers=OutlierPool(outliers), outlier_feed="mixed", resize="crop", **options)
+    with pytest.raises(ValueError, match="the outliers are the ID test images"):
+        public(outliers=OutlierPool("cifar10"), outlier_feed="mixed")
+
+
+def test_windows_of_grey_images(public):
+    data = public("mnist", outliers=OutlierPool("imagenet64", crop_padding=0), outlier_feed="mixed")
+    assert data.sets["outliers"].shape == (1, 28, 28)
+
+
+def test_cut_outliers_stay_as_they_are_in_training(public):
+    outliers = OutlierPool("imagenet64", crop_padding=4)
+    data = public(protocol="unleashing_mask", augmentation="protocol", outliers=outliers, outlier_feed="paired")
+    data.trainer = SimpleNamespace(current_epoch=0, precision_plugin=SimpleNamespace(convert_input=lambda batch: batch))
+    seen = {True: {}, False: {}}
+    for epoch in range(4):
+        data.trainer.current_epoch = epoch
+        loader = data.train_dataloader()
+        loader.sampler.set_epoch(epoch)
+        for batch in loader:
+            images, labels, ids = data.on_after_batch_transfer(batch, 0)
+            for image, label, row in zip(images, labels, ids.tolist(), strict=True):
+                seen[bool(label < 0)].setdefault(row, set()).add(image.numpy().tobytes())
+    assert {len(versions) for versions in seen[True].values()} == {1}
+    assert max(len(versions) for versions in seen[False].values()) > 1
+
+
+def test_training_and_test_images_must_have_the_same_classes(public, root):
+    (root / "imagenet/val/n02").rename(root / "imagenet/val/n00")
+    try:
+        with pytest.raises(ValueError, match="different classes: only one of them has n00, n02"):
+            public("imagenet")
+    finally:
+        (root / "imagenet/val/n00").rename(root / "imagenet/val/n02")
+
+
+def test_evaluation_alone_needs_no_training_images(public):
+    data = public("imagenet", train=False)
+    assert list(data.test_dataloader()) == ["id"]
+    with pytest.raises(ValueError, match="no ID training images"):
+        data.train_dataloader()
+
+
+def test_places_beside_sun_are_said_to_be_scenes_both(public, caplog):
+    public("tiny_imagenet", protocol="heatmap", outliers=OutlierPool("places365_train"), outlier_feed="mixed")
+    assert "outliers and OOD set sun are different photographs of the same kinds of scenes" in caplog.text
+
+
+def test_the_resize_of_an_own_set_wins_over_the_protocols(public, tmp_path):
+    draw(tmp_path / "mine" / "0.png", (40, 64, 3))
+    pixels_of = {}
+    for resize in (None, "squash", "window"):
+        own = {"mine": OwnSet(str(tmp_path / "mine"), resize=resize)}
+        data = public("cifar10", protocol="heatmap", ood=["mine"], own=own)
+        pixels_of[resize] = data.sets["mine"].read(torch.arange(1)).numpy().tobytes()
+    assert len(set(pixels_of.values())) == 3

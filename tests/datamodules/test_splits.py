@@ -36,11 +36,12 @@ def test_a_set_that_is_not_larger_is_used_whole_and_once(subset, length):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("all", 5), "'all' takes no count, got 5"),
-        (("first", None), "'first' takes a count of at least 1, got None"),
-        (("random", 0), "at least 1, got 0"),
-        (("first", 5, 2), "only rule 'random' repeats, at least once; 'first' has 2"),
-        (("random", 5, 0), "'random' has 0"),
+        (("all", 5), "'all' takes neither count nor id_per_ood, got count=5"),
+        (("first", None), "'first' takes a count or id_per_ood of at least 1, got count=None"),
+        (("random", 0), "at least 1, got count=0"),
+        (("random", 5, 1, 5), "at least 1, got count=5, id_per_ood=5"),
+        (("first", 5, 2), "repeats=2 with rule 'first'; only 'random' repeats"),
+        (("random", 5, 0), "repeats=0 with rule 'random'"),
     ],
 )
 def test_subsets_that_make_no_sense(arguments, message):
@@ -113,5 +114,12 @@ def test_split_is_stratified_and_seeded():
 @pytest.mark.parametrize(("share", "count"), [(0.01, 0), (0.99, 10)])
 def test_split_that_empties_a_class_is_an_error(share, count):
     labels = torch.tensor([0] * 400 + [1] * 10)
-    with pytest.raises(ValueError, match=f"{share} would hold out {count} of the 10 images of class 'cat'.*val_split"):
+    with pytest.raises(ValueError, match=f"{share} is {count} of the 10 images of class 'cat'.*val_split"):
         stratified_split(labels, share, 0, ["dog", "cat"])
+
+
+def test_a_share_of_the_id_images():
+    assert OODSubset("first", id_per_ood=5).resolve(10_000) == OODSubset("first", 2_000)
+    assert OODSubset("random", repeats=3, id_per_ood=5).resolve(4_999) == OODSubset("random", 999, 3)
+    assert OODSubset("first", id_per_ood=5).resolve(3) == OODSubset("first", 1)
+    assert OODSubset().resolve(10) == OODSubset()

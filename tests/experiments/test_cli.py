@@ -175,7 +175,7 @@ def test_other_scores_and_sets_can_be_tested_on_a_finished_run(finished):
 def test_another_split_of_the_data_is_not_tested_on_a_run(finished, capsys):
     arguments = ["test", "--config", str(finished / "config.yaml"), "--overwrite", "true"]
     assert main([*arguments, "--data.init_args.subset.fraction", "0.5"]) == 2
-    assert "not the ID training images that the run was fitted on" in capsys.readouterr().err
+    assert "not the data that the run was fitted on" in capsys.readouterr().err
     assert main([*arguments, "--data.init_args.split_seed", "3"]) == 2
 
 
