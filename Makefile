@@ -9,7 +9,7 @@ SETTINGS := $(filter-out _%,$(patsubst experiments/%.yaml,%,$(wildcard experimen
 TARGETS := $(subst /,-,$(SETTINGS))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo data-check test test-slow lint format bench completion clean $(TARGETS)
+.PHONY: help demo features data-check test test-slow lint format bench completion clean $(TARGETS)
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-28s %s\n", $$1, $$2}' Makefile
@@ -25,6 +25,9 @@ $(TARGETS): .venv/installed
 		$(RUN) run --config experiments/$(subst -,/,$@).yaml --seed_everything $$seed $(ARGS) || exit 1; \
 	done
 	@$(if $(word 2,$(SEEDS)),$(RUN) metrics $(foreach seed,$(SEEDS),$(or $(OOD_CHECKPOINTS),checkpoints)/$(subst -,/,$@)/seed$(seed)))
+
+features: .venv/installed ## extract the features that an experiment caches, without training: ARGS="--config ..."
+	@$(RUN) features $(ARGS)
 
 data-check: .venv/installed ## list every set of images: there or not, complete or not, and how to get it
 	@$(RUN) data check $(ARGS)

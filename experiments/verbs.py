@@ -6,7 +6,12 @@ import io
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+from pytorch_lightning.cli import LightningCLI
+
+from callbacks.compatibility import Compatibility
+from callbacks.frozen_features import FrozenFeatures
 from callbacks.metrics import PRESETS, metric_rules
 from callbacks.results import read_results, summarize
 from callbacks.run_record import FinishedRunError
@@ -56,6 +61,40 @@ def metrics(args: Sequence[str]) -> None:
     print_results(runs)
 
 
+def features(args: Sequence[str]) -> None:
+    """``features --config YAML [options]``: extract what an experiment caches of a frozen network, without training."""
+    extraction = Extraction(["fit", *args])
+    cache = extraction.extractor.cache
+    if extraction.trainer.is_global_zero:
+        print(f"{cache.folder}: {cache.length:,} rows of {', '.join(cache.arrays)}, {cache.nbytes:,} bytes")
+
+
+class Extraction(OODCLI):
+    """Goes through ``fit`` without a run folder and without a step: its callback extracts on the way."""
+
+    def before_instantiate_classes(self) -> None:
+        """Leave out the loggers."""
+        self.settings.trainer.logger = False
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        """Leave out the callbacks that every run has."""
+        self.trainer_defaults["callbacks"] = []
+        return LightningCLI.instantiate_trainer(self, **kwargs)
+
+    def after_instantiate_classes(self) -> None:
+        """Keep the callback that extracts."""
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        extractors = [callback for callback in callbacks if isinstance(callback, FrozenFeatures)]
+        if not extractors:
+            raise ValueError(
+                "this experiment caches no features: there is no callbacks.frozen_features.FrozenFeatures among its "
+                "trainer.callbacks"
+            )
+        self.extractor = extractors[0]
+        callbacks[:] = [Compatibility(), self.extractor]
+        self.trainer.limit_train_batches = 0
+
+
 def completion(args: Sequence[str]) -> None:
     """``completion [bash|zsh]``: print shell completion of the command ``ood``."""
     shell = args[0] if args else "bash"
@@ -99,6 +138,7 @@ VERBS: dict[str, Callable[[Sequence[str]], None]] = {
     "run": run,
     "demo": demo,
     "metrics": metrics,
+    "features": features,
     "data": data,
     "completion": completion,
 }

@@ -61,6 +61,15 @@ class OODModule(LightningModule, ABC):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of one batch; a process's share of it may hold ID rows only, or outliers only."""
 
+    def encode(self, images: Images) -> Evidence:
+        """Return what the frozen part sees of (B, C, H, W) images: the logits and features that are cached of them.
+
+        Pure: it depends on the images and on ``frozen`` submodules alone. It is called without gradients, in eval mode,
+        on images that are not augmented; training batches are then ``EvidenceBatch``. With a frozen backbone it is
+        ``observe(self.backbone, images, taps)``.
+        """
+        raise TypeError(f"{type(self).__name__} has nothing frozen to cache: it does not say how to `encode` images")
+
     def figures(self) -> dict[str, Figure]:
         """Return the method's own pictures, by name; a callback decides where they go."""
         return {}
@@ -88,9 +97,12 @@ class OODModule(LightningModule, ABC):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": self._lr_interval}}
 
     def configure_model(self) -> None:
-        """Take the gradients of what is frozen away; Lightning calls this before it makes the optimiser."""
+        """Take the gradients of what is frozen away, and its training mode; Lightning calls this before all else.
+
+        Lightning itself switches no mode before the first validation.
+        """
         for module in self._frozen_modules():
-            module.requires_grad_(False)
+            module.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> "OODModule":
         """Switch the mode of everything but what is frozen."""

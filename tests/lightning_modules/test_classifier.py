@@ -1,6 +1,8 @@
 import pytest
 import torch
+from pytorch_lightning import Trainer
 from torch import nn
+from torch.utils.data import DataLoader
 
 from backbones.digits_net import DigitsNet
 from lightning_modules.classifier import Classifier
@@ -99,3 +101,25 @@ def test_the_schedule_steps_at_the_asked_interval():
 def test_the_contract_is_abstract():
     with pytest.raises(TypeError, match="abstract"):
         classifier(OODModule)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:You defined a `validation_step`", "ignore:The .train_dataloader. does not have many workers"
+)
+def test_what_is_frozen_does_not_change_in_training_not_even_its_statistics():
+    class Probe(FrozenStage):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def training_step(self, batch, batch_idx):
+            return (self(batch[0]).logits * self.scale).square().mean()
+
+    module = classifier(Probe)
+    before = {name: value.clone() for name, value in module.backbone.state_dict().items()}
+    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    Trainer(max_epochs=1, enable_model_summary=False, **options).fit(
+        module, DataLoader([batch(), batch()], batch_size=None)
+    )
+    assert module.scale != 1
+    assert all(torch.equal(value, before[name]) for name, value in module.backbone.state_dict().items())
