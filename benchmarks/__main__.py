@@ -6,13 +6,13 @@ from importlib import import_module
 
 from benchmarks.measure import environment, fixed_threads, has_peer
 
-NAMES = ("forwards", "evaluation", "mahalanobis", "gmm", "knn")
+NAMES = ("forwards", "evaluation", "mahalanobis", "gmm", "knn", "images", "feature_batches")
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the benchmarks that are named, or all."""
     modules = {name: import_module(f"benchmarks.{name}") for name in NAMES}
-    listing = "\n".join(f"  {name:12} {(module.__doc__ or '').splitlines()[0]}" for name, module in modules.items())
+    listing = "\n".join(f"  {name:15} {(module.__doc__ or '').splitlines()[0]}" for name, module in modules.items())
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description=f"Measure ours against peers and physical limits, side by side.\n\nbenchmarks:\n{listing}",
