@@ -17,7 +17,16 @@ LOGITS, FEATURE = "logits", "features."  # names of arrays: logits, features.<ta
 
 
 def to_columns(evidence: Evidence) -> dict[str, Tensor]:
-    """Name the arrays that are cached of some evidence: the logits, and the features of each tap."""
+    """Name the arrays that are cached of some evidence: the logits, and the features of each tap.
+
+    Raises:
+        ValueError: there is more than these, or a tap is not (B, D).
+    """
+    if evidence.scores or evidence.maps is not None:
+        raise ValueError("only logits and features are cached: leave scores and maps out of what `encode` returns")
+    for tap, values in evidence.features.items():
+        if values.ndim != 2:
+            raise ValueError(f"features are cached as (B, D), those of {tap} are {tuple(values.shape)}")
     return {LOGITS: evidence.logits} | {FEATURE + tap: values for tap, values in evidence.features.items()}
 
 

@@ -75,9 +75,12 @@ class FeatureCache:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "meta.json"
-        if not path.exists():
+        try:
+            found = read_json(path)
+        except (FileNotFoundError, ValueError):  # damaged: the name of the folder says the same
             write_json(path, self.meta)
-        if (found := read_json(path)) != self.meta:
+            found = self.meta
+        if found != self.meta:
             changed = [key for key in {**found, **self.meta} if found.get(key) != self.meta.get(key)]
             raise ValueError(
                 f"{path} is not about what is wanted, though the name of its folder is: {', '.join(changed)} differ; "

@@ -27,7 +27,7 @@ class OODDataModule(LightningDataModule, ABC):
 
     Image files are decoded whenever their images are asked for; but where these are served with sides of at most 64
     pixels, the first ``setup`` decodes each set once, into ``.packed`` below the root of all data, and only that takes
-    long. What lies there may be deleted at any time.
+    long. What lies there may be deleted while no run uses it.
 
     Attributes:
         num_classes, classes, image_shape, groups, sets, sizes, fingerprints: known after ``setup``: K; names of the K
@@ -204,8 +204,8 @@ class OODDataModule(LightningDataModule, ABC):
         """Serve ``id`` and the OOD sets."""
         return {name: self._in_order(name) for name in ("id", *self.groups)}
 
-    def serve(self, rows: Dataset[Any]) -> None:
-        """Train on these rows from the next ``train_dataloader`` on.
+    def serve(self, rows: Dataset[Any] | None) -> None:
+        """Train on these rows from the next ``train_dataloader`` on; ``None``: on the images again.
 
         Args:
             rows: what ``rows[LongTensor]`` yields is the training batch. Where there is an ``outlier_feed``, the first

@@ -164,7 +164,8 @@ def pack(images: ImageSet, folder: Path, num_workers: int = 0) -> ImageSet:
     """Decode images into one array on disk, unless that is done already, and map it into memory.
 
     The array appears in ``folder`` when it is complete. Its name tells what the images are, where their files are, and
-    when these changed; a damaged one is made anew. Processes that ask at once wait for the first of them.
+    when these changed; one of another size than it must have is made anew. Processes that ask at once wait for the
+    first of them.
 
     Raises:
         OSError: the folder cannot be written.

@@ -8,9 +8,11 @@ import torch
 from frozen_toy import OUTLIERS, TRAIN, Net, Pixels, Toy, experiment
 from pytorch_lightning import Trainer
 
+from callbacks.cached_evidence import CachedEvidence
 from callbacks.feature_cache import CHUNK
 from callbacks.frozen_features import PROBES, FrozenFeatures
 from datamodules.augmentation import Augmentation
+from datamodules.batch import Batch
 from datamodules.plans import Balanced
 from experiments.__main__ import main
 from lightning_modules.evidence import EvidenceBatch, observe
@@ -196,6 +198,44 @@ def test_changed_code_is_found(fit, monkeypatch):
         fit()
 
 
+def test_changed_code_adds_nothing_to_a_cache(fit, monkeypatch):
+    """Not even where what is missing holds none of the images that are compared."""
+    _, _, extractor = fit()
+    cache = extractor.cache
+    contents = {path.name: path.read_bytes() for path in cache.folder.glob("*.npy")}
+    path = cache.folder / "features.layer2.npy"
+    damaged = bytearray(contents[path.name])
+    damaged[-10] ^= 4  # in the last chunk
+    path.write_bytes(damaged)
+    stem = Net.stem
+    with monkeypatch.context() as patch:
+        patch.setattr(Net, "stem", lambda self, images: stem(self, images) * 1.01)
+        with pytest.raises(ValueError, match="code must have changed"):
+            fit()
+    assert path.read_bytes() == damaged
+    fit()
+    assert {path.name: path.read_bytes() for path in cache.folder.glob("*.npy")} == contents
+
+
+def test_what_is_no_number_is_not_cached(fit, monkeypatch):
+    stem = Net.stem
+    monkeypatch.setattr(Net, "stem", lambda self, images: stem(self, images) * torch.nan)
+    with pytest.raises(ValueError, match="is not a number for some images"):
+        fit()
+
+
+def test_scores_and_maps_of_encode_are_refused(fit, monkeypatch):
+    encode = Toy.encode
+    monkeypatch.setattr(Toy, "encode", lambda self, images: encode(self, images)._replace(scores={"s": images}))
+    with pytest.raises(ValueError, match="only logits and features are cached"):
+        fit()
+
+
+def test_after_the_fit_images_are_served_again(fit):
+    _, data, _ = fit()
+    assert isinstance(next(iter(data.train_dataloader())), Batch)
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
@@ -221,8 +261,8 @@ def test_what_float16_cannot_hold_is_refused(fit):
 
 
 def test_rows_that_go_to_a_worker_leave_the_arrays_behind(fit):
-    _, data, _ = fit()
-    rows = data.train_dataloader().dataset
+    _, data, extractor = fit()
+    rows = CachedEvidence(extractor.cache, data.training_rows().labels)
     ids = torch.tensor([5, 2499, 5])
     received = pickle.loads(text := pickle.dumps(rows))
     assert len(text) < rows.cache.nbytes / 10
