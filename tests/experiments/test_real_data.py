@@ -139,7 +139,7 @@ def test_the_public_module_gives_what_the_arrays_give(results, tmp_path, monkeyp
     arguments = ["--trainer.logger", "false", "--trainer.enable_progress_bar", "false"]
     assert main(["test", "--config", str(tmp_path / "own" / "public.yaml"), *arguments]) == 0
     public = json.loads((tmp_path / "own" / "public" / "seed0" / "results.json").read_text())
-    assert public["protocol"] == "unleashing_mask"
+    assert public["protocol"] == "unleashing_mask, but another mean, std"
     assert public["id_accuracy"] == results["id_accuracy"]
     expected = {(row["score"], row["ood_set"]): row for row in results["rows"]}
     assert len(public["rows"]) == 2 * 8
