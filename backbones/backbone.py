@@ -9,10 +9,15 @@ from torch import Tensor, nn
 POOLS = ("penultimate", "std", "max")
 
 
+def pool(maps: Tensor) -> Tensor:
+    """Mean over positions: (B, D, h, w) to (B, D); what has no positions stays as it is."""
+    return maps.mean((2, 3)) if maps.ndim == 4 else maps
+
+
 class Backbone(nn.Module, ABC):
     """A network that yields class logits, and every feature a score may ask for, in one pass.
 
-    A subclass gives ``stem`` and ``head``, and may name its ``stages``; the rest is done here.
+    A subclass gives ``stem`` and ``head``, and may name its ``stages`` and give ``finish``; the rest is done here.
 
     Attributes:
         num_features: D, the width of the features that enter the head.
@@ -61,10 +66,14 @@ class Backbone(nn.Module, ABC):
     def stem(self, images: Tensor) -> Tensor:
         """Map normalised (B, C, H, W) to what the first stage reads; the whole network where there are no stages."""
 
+    def finish(self, maps: Tensor) -> Tensor:
+        """Map what the last stage yields to the last map; a network that ends with its stages leaves it as it is."""
+        return maps
+
     @property
     def taps(self) -> tuple[str, ...]:
         """Every name that ``forward_intermediates`` understands."""
-        return (*POOLS, *self.stages)
+        return (*POOLS, "stem", *self.stages) if self.stages else POOLS
 
     def forward_intermediates(self, images: Tensor, taps: Collection[str] = ()) -> tuple[Tensor, dict[str, Tensor]]:
         """Run the network once.
@@ -72,7 +81,7 @@ class Backbone(nn.Module, ABC):
         Args:
             images: (B, C, H, W), normalised unless the network does it itself.
             taps: what to return beside the last map: ``penultimate`` (what the head reads), ``std`` (unbiased, over
-                positions) and ``max`` of the last map, or a stage (mean over positions).
+                positions) and ``max`` of the last map, ``stem`` or a stage (mean over positions).
 
         Returns:
             The last map, (B, D, h, w), or (B, D) where the network has no map; and {tap: (B, D_tap)}.
@@ -91,11 +100,12 @@ class Backbone(nn.Module, ABC):
         if self.mean is not None and self.std is not None:
             images = (images - self.mean) / self.std
         maps = self.stem(images)
-        features = {}
+        features = {"stem": pool(maps)} if "stem" in taps else {}
         for stage in self.stages:
             maps = self.get_submodule(stage)(maps)
             if stage in taps:
-                features[stage] = maps.flatten(2).mean(2) if maps.ndim > 2 else maps
+                features[stage] = pool(maps)
+        maps = self.finish(maps)
         if "penultimate" in taps:
             features["penultimate"] = self.forward_head(maps, pre_logits=True)
         for tap in {"std", "max"} & set(taps):
@@ -111,7 +121,7 @@ class Backbone(nn.Module, ABC):
 
     def forward_head(self, maps: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool the last map to (B, D) and, unless ``pre_logits``, classify it: (B, K)."""
-        features = maps.mean((2, 3)) if maps.ndim == 4 else maps
+        features = pool(maps)
         return features if pre_logits else self.head(features)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ class Case:
     build: Callable[..., Backbone]
     shape: tuple[int, int, int]
     map_shape: tuple[int, int, int]
-    widths: tuple[int, ...]  # of the stages, in order
+    widths: tuple[int, ...]  # of the stem and of the stages, in order
 
     def new(self, **options) -> Backbone:
         """Build in eval mode, with batch-norm statistics unlike those of a fresh network."""
@@ -48,28 +48,30 @@ class Case:
         return torch.rand(count, *self.shape, generator=torch.Generator().manual_seed(1))
 
 
-def resnet(depth: int) -> Callable[..., Backbone]:
-    return lambda **options: ResNet(depth, **options)
+def resnet(depth: int, stem: str = "cifar") -> Callable[..., Backbone]:
+    return lambda **options: ResNet(depth, stem=stem, **options)
 
 
 def resnet_option_a(depth: int) -> Callable[..., Backbone]:
     return lambda **options: ResNetOptionA(depth, **options)
 
 
-BASIC, BOTTLENECK = (64, 128, 256, 512), (256, 512, 1024, 2048)
+BASIC, BOTTLENECK = (64, 64, 128, 256, 512), (64, 256, 512, 1024, 2048)
 CASES = {
     "resnet18": Case(resnet(18), (3, 32, 32), (512, 4, 4), BASIC),
     "resnet18-grey-28": Case(resnet(18), (1, 28, 28), (512, 4, 4), BASIC),
     "resnet18-oblong": Case(resnet(18), (3, 33, 16), (512, 5, 2), BASIC),
     "resnet34": Case(resnet(34), (3, 24, 24), (512, 3, 3), BASIC),
     "resnet50": Case(resnet(50), (3, 16, 16), (2048, 2, 2), BOTTLENECK),
-    "option-a-20": Case(resnet_option_a(20), (3, 32, 32), (64, 8, 8), (16, 32, 64)),
-    "option-a-20-oblong": Case(resnet_option_a(20), (1, 29, 12), (64, 8, 3), (16, 32, 64)),
-    "option-a-32": Case(resnet_option_a(32), (3, 32, 32), (64, 8, 8), (16, 32, 64)),
-    "option-a-44": Case(resnet_option_a(44), (3, 32, 32), (64, 8, 8), (16, 32, 64)),
-    "option-a-56": Case(resnet_option_a(56), (3, 32, 32), (64, 8, 8), (16, 32, 64)),
-    "digits": Case(DigitsNet, (1, 8, 8), (64, 4, 4), (32, 64, 64)),
-    "digits-colour-15": Case(DigitsNet, (3, 15, 15), (64, 8, 8), (32, 64, 64)),
+    "resnet18-pooled-64": Case(resnet(18, "pooled"), (3, 64, 64), (512, 4, 4), BASIC),
+    "resnet18-imagenet-96": Case(resnet(18, "imagenet"), (3, 96, 96), (512, 3, 3), BASIC),
+    "option-a-20": Case(resnet_option_a(20), (3, 32, 32), (64, 8, 8), (16, 16, 32, 64)),
+    "option-a-20-oblong": Case(resnet_option_a(20), (1, 29, 12), (64, 8, 3), (16, 16, 32, 64)),
+    "option-a-32": Case(resnet_option_a(32), (3, 32, 32), (64, 8, 8), (16, 16, 32, 64)),
+    "option-a-44": Case(resnet_option_a(44), (3, 32, 32), (64, 8, 8), (16, 16, 32, 64)),
+    "option-a-56": Case(resnet_option_a(56), (3, 32, 32), (64, 8, 8), (16, 16, 32, 64)),
+    "digits": Case(DigitsNet, (1, 8, 8), (64, 4, 4), (16, 32, 64, 64)),
+    "digits-colour-15": Case(DigitsNet, (3, 15, 15), (64, 8, 8), (16, 32, 64, 64)),
 }
 
 
@@ -87,7 +89,7 @@ def test_shapes(case, count):
         assert network(images).shape == network.forward_head(maps).shape == (count, CLASSES)
         assert network.forward_head(maps, pre_logits=True).shape == (count, network.num_features)
         _, features = network.forward_intermediates(images, network.taps)
-    widths = dict(zip(network.stages, case.widths, strict=True))
+    widths = dict(zip(("stem", *network.stages), case.widths, strict=True))
     pools = dict.fromkeys(("penultimate", "std", "max"), network.num_features)
     assert {tap: tuple(value.shape) for tap, value in features.items()} == {
         tap: (count, width) for tap, width in (pools | widths).items()
@@ -100,8 +102,16 @@ def test_one_pass_yields_every_tap(case, monkeypatch):
     network, images = case.shared(), case.images()
     calls = []
     stem = network.stem
-    monkeypatch.setattr(network, "stem", lambda images: calls.append("stem") or stem(images))
+    finish = network.finish
     outputs = {}
+
+    def spied_stem(images):
+        calls.append("stem")
+        outputs["stem"] = stem(images)
+        return outputs["stem"]
+
+    monkeypatch.setattr(network, "stem", spied_stem)
+    monkeypatch.setattr(network, "finish", lambda maps: calls.append("finish") or finish(maps))
     hooks = [
         network.get_submodule(stage).register_forward_hook(
             lambda module, args, output, stage=stage: calls.append(stage) or outputs.update({stage: output.clone()})
@@ -112,10 +122,11 @@ def test_one_pass_yields_every_tap(case, monkeypatch):
         maps, features = network.forward_intermediates(images, network.taps)
     for hook in hooks:
         hook.remove()
-    assert calls == ["stem", *network.stages]
+    assert calls == ["stem", *network.stages, "finish"]
     for stage, output in outputs.items():
         torch.testing.assert_close(features[stage], output.sum((-1, -2)) / output[0, 0].numel())
-    assert torch.equal(maps, outputs[network.stages[-1]])
+    with torch.no_grad():
+        assert torch.equal(maps, finish(outputs[network.stages[-1]]))
     assert features["std"].count_nonzero() > 0
     for row, column in ((0, 0), (1, 5), (2, 63)):
         positions = maps[row, column].flatten().double().tolist()
@@ -170,7 +181,7 @@ def test_wrong_images_are_named_with_both_shapes(case):
 
 
 def test_an_unknown_tap_lists_the_known_ones(case):
-    with pytest.raises(ValueError, match=r"no tap layer9; its taps: penultimate, std, max, layer1, layer2"):
+    with pytest.raises(ValueError, match=r"no tap layer9; its taps: penultimate, std, max, stem, layer1, layer2"):
         case.shared().forward_intermediates(case.images(), ["penultimate", "layer9"])
 
 
@@ -210,6 +221,7 @@ def test_a_network_without_a_map():
     network, images = Flat(), torch.rand(2, 1, 2, 2)
     maps, features = network.forward_intermediates(images, ["penultimate"])
     assert torch.equal(features["penultimate"], maps)
+    assert network.taps == ("penultimate", "std", "max")  # the stem is the whole network
     torch.testing.assert_close(network(images), maps @ network.fc.weight.T + network.fc.bias)
     for tap in ("std", "max"):
         with pytest.raises(ValueError, match=f"tap {tap} needs a last map with positions, that of Flat has none"):
@@ -219,6 +231,11 @@ def test_a_network_without_a_map():
 def test_a_single_position_has_no_std():
     with pytest.raises(ValueError, match="tap std needs"):
         ResNet(18, 10, (3, 8, 8)).forward_intermediates(torch.rand(2, 3, 8, 8), ["std"])
+
+
+def test_an_unknown_stem_lists_the_valid_ones():
+    with pytest.raises(ValueError, match="stems cifar, pooled, imagenet, not tiny"):
+        ResNet(18, 10, stem="tiny")
 
 
 @pytest.mark.parametrize(("network", "valid"), [(ResNet, "18, 34, 50"), (ResNetOptionA, "20, 32, 44, 56")])
@@ -261,12 +278,13 @@ def test_size_of_resnet_option_a(depth, millions):
 
 
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("depth", [18, 34, 50])
-def test_resnet_equals_torchvision_with_another_stem(depth, training):
-    network, images = CASES[f"resnet{depth}"].new().train(training), CASES[f"resnet{depth}"].images()
-    reference = getattr(torchvision.models, f"resnet{depth}")(num_classes=CLASSES)
-    reference.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
-    reference.maxpool = nn.Identity()
+@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "resnet18-pooled-64", "resnet18-imagenet-96"])
+def test_resnet_equals_torchvision_with_another_stem(name, training):
+    network, images = CASES[name].new().train(training), CASES[name].images()
+    reference = getattr(torchvision.models, name.partition("-")[0])(num_classes=CLASSES)
+    if "imagenet" not in name:
+        reference.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
+        reference.maxpool = nn.MaxPool2d(2) if "pooled" in name else nn.Identity()
     reference.load_state_dict(network.state_dict(), strict=True)
     reference.train(training)
     maps = {}
