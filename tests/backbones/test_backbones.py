@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from backbones.backbone import Backbone
+from backbones.densenet import DenseNet
 from backbones.digits_net import DigitsNet
 from backbones.resnet import ResNet
 from backbones.resnet_option_a import ResNetOptionA, option_a
+from backbones.wide_resnet import HeatmapWideResNet, WideResNet
 
 CLASSES = 7
 
@@ -35,8 +37,9 @@ class Case:
             if isinstance(module, nn.BatchNorm2d):
                 nn.init.normal_(module.running_mean, std=0.1)
                 nn.init.uniform_(module.running_var, 0.8, 1.2)
-                nn.init.uniform_(module.weight, 0.4, 0.8)
-                nn.init.normal_(module.bias, std=0.1)
+                if module.affine:
+                    nn.init.uniform_(module.weight, 0.4, 0.8)
+                    nn.init.normal_(module.bias, std=0.1)
         return network
 
     @cache  # noqa: B019
@@ -48,28 +51,27 @@ class Case:
         return torch.rand(count, *self.shape, generator=torch.Generator().manual_seed(1))
 
 
-def resnet(depth: int, stem: str = "cifar") -> Callable[..., Backbone]:
-    return lambda **options: ResNet(depth, stem=stem, **options)
-
-
-def resnet_option_a(depth: int) -> Callable[..., Backbone]:
-    return lambda **options: ResNetOptionA(depth, **options)
-
-
 BASIC, BOTTLENECK = (64, 64, 128, 256, 512), (64, 256, 512, 1024, 2048)
 CASES = {
-    "resnet18": Case(resnet(18), (3, 32, 32), (512, 4, 4), BASIC),
-    "resnet18-grey-28": Case(resnet(18), (1, 28, 28), (512, 4, 4), BASIC),
-    "resnet18-oblong": Case(resnet(18), (3, 33, 16), (512, 5, 2), BASIC),
-    "resnet34": Case(resnet(34), (3, 24, 24), (512, 3, 3), BASIC),
-    "resnet50": Case(resnet(50), (3, 16, 16), (2048, 2, 2), BOTTLENECK),
-    "resnet18-pooled-64": Case(resnet(18, "pooled"), (3, 64, 64), (512, 4, 4), BASIC),
-    "resnet18-imagenet-96": Case(resnet(18, "imagenet"), (3, 96, 96), (512, 3, 3), BASIC),
-    "option-a-20": Case(resnet_option_a(20), (3, 32, 32), (64, 8, 8), (16, 16, 32, 64)),
-    "option-a-20-oblong": Case(resnet_option_a(20), (1, 29, 12), (64, 8, 3), (16, 16, 32, 64)),
-    "option-a-32": Case(resnet_option_a(32), (3, 32, 32), (64, 8, 8), (16, 16, 32, 64)),
-    "option-a-44": Case(resnet_option_a(44), (3, 32, 32), (64, 8, 8), (16, 16, 32, 64)),
-    "option-a-56": Case(resnet_option_a(56), (3, 32, 32), (64, 8, 8), (16, 16, 32, 64)),
+    "resnet18": Case(partial(ResNet, 18), (3, 32, 32), (512, 4, 4), BASIC),
+    "resnet18-grey-28": Case(partial(ResNet, 18), (1, 28, 28), (512, 4, 4), BASIC),
+    "resnet18-oblong": Case(partial(ResNet, 18), (3, 33, 16), (512, 5, 2), BASIC),
+    "resnet34": Case(partial(ResNet, 34), (3, 24, 24), (512, 3, 3), BASIC),
+    "resnet50": Case(partial(ResNet, 50), (3, 16, 16), (2048, 2, 2), BOTTLENECK),
+    "resnet18-pooled-64": Case(partial(ResNet, 18, stem="pooled"), (3, 64, 64), (512, 4, 4), BASIC),
+    "resnet18-imagenet-96": Case(partial(ResNet, 18, stem="imagenet"), (3, 96, 96), (512, 3, 3), BASIC),
+    "option-a-20": Case(partial(ResNetOptionA, 20), (3, 32, 32), (64, 8, 8), (16, 16, 32, 64)),
+    "option-a-20-oblong": Case(partial(ResNetOptionA, 20), (1, 29, 12), (64, 8, 3), (16, 16, 32, 64)),
+    "option-a-32": Case(partial(ResNetOptionA, 32), (3, 32, 32), (64, 8, 8), (16, 16, 32, 64)),
+    "option-a-44": Case(partial(ResNetOptionA, 44), (3, 32, 32), (64, 8, 8), (16, 16, 32, 64)),
+    "option-a-56": Case(partial(ResNetOptionA, 56), (3, 32, 32), (64, 8, 8), (16, 16, 32, 64)),
+    "wrn-10-1": Case(partial(WideResNet, 10, 1), (3, 32, 32), (64, 8, 8), (16, 16, 32, 64)),
+    "wrn-16-2-oblong": Case(partial(WideResNet, 16, 2, dropout=0.3), (1, 29, 12), (128, 8, 3), (16, 32, 64, 128)),
+    "wrn-10-4-bare-norm": Case(partial(WideResNet, 10, 4, affine=False), (3, 16, 16), (256, 4, 4), (16, 64, 128, 256)),
+    "wrn-10-2-heatmap": Case(partial(HeatmapWideResNet, depth=10), (3, 32, 32), (128, 8, 8), (16, 32, 64, 128)),
+    "densenet-22": Case(partial(DenseNet, depth=22, dropout=0.3), (3, 32, 32), (69, 8, 8), (24, 30, 33, 69)),
+    "densenet-22-oblong": Case(partial(DenseNet, depth=22), (1, 29, 12), (69, 7, 3), (24, 30, 33, 69)),
+    "densenet-22-bare-norm": Case(partial(DenseNet, depth=22, affine=False), (3, 16, 16), (69, 4, 4), (24, 30, 33, 69)),
     "digits": Case(DigitsNet, (1, 8, 8), (64, 4, 4), (16, 32, 64, 64)),
     "digits-colour-15": Case(DigitsNet, (3, 15, 15), (64, 8, 8), (16, 32, 64, 64)),
 }
