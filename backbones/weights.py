@@ -9,44 +9,83 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.serialization import safe_globals
+
+from backbones import layouts, published
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINTS = Path(os.environ.get("OOD_CHECKPOINTS", ROOT / "checkpoints")).absolute()
 CONTAINERS = ("state_dict", "model_state")
-PREFIXES = ("module.", "model.", "backbone.")
+PARTS = ("net_state_dict", "cls_state_dict")  # of one network, in the files of heatmap
+PREFIXES = ("module.", "model.", "backbone.", "encoder.")
+STUBBED = (  # classes and functions that published files need beside the weights, for what is not read
+    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
+    "numpy.dtype",
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar",
+)
 
 
 def load_weights(module: nn.Module, source: str) -> None:
-    """Load all weights of a network, or none.
+    """Load all weights of a network, or none; ``origins`` then says which file they are from.
 
     Args:
         module: the network; it is changed only when every name and every shape fits. Counters of batch-norm
             (``num_batches_tracked``) may be absent from the file.
-        source: a file of ``torch.save``, relative to the repository root or absolute; or
-            ``run:<method>/<setting>[/<name>]``, the checkpoint of an experiment of ours (``name`` is ``seed0`` unless
-            given). The state dict may lie under ``state_dict`` or ``model_state``, and its names may carry the prefix
-            of a wrapper; of a Lightning checkpoint the part under ``backbone.`` is taken.
+        source: one of
+
+            - a file of ``torch.save``, relative to the repository root or absolute;
+            - ``run:<method>/<setting>[/<name>]``, the checkpoint of an experiment of ours (``name`` is ``seed0`` unless
+              given);
+            - the name of published weights, ``<source>/<weights>`` (``backbones.published``);
+            - a name of torchvision's, such as ``ResNet50_Weights.IMAGENET1K_V1``.
+
+            The state dict may lie under ``state_dict`` or ``model_state`` or be split into ``net_state_dict`` and
+            ``cls_state_dict``, and its names may carry the prefix of a wrapper; of a Lightning checkpoint the network's
+            part is taken. Names of published layouts are translated (``backbones.layouts``).
 
     Raises:
-        FileNotFoundError: there is no such file; for a run it names the make target that trains it.
-        ValueError: the file is damaged, holds more than plain data, or does not fit the network: then every missing,
-            unexpected and mis-shaped name is listed.
+        FileNotFoundError: there is no such file; for a run it names the make target that trains it, for published
+            weights it says where to get them.
+        ValueError: the file is damaged, holds more than plain data, is not the one that was published, or does not fit
+            the network: then every missing, unexpected and mis-shaped name is listed.
     """
     path = locate(source)
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if published.is_published(source):
+        published.check_digest(path, digest)
     own = module.state_dict()
-    state = strip_prefixes(read_state_dict(path), set(own))
+    state = adapt(read_state_dict(path), own)
     if misfits := compare(state, own):
         lines = "\n  ".join(misfits)
         raise ValueError(f"{path} does not fit {type(module).__name__}, nothing was loaded:\n  {lines}")
     module.load_state_dict({**own, **state})
+    module.origin = {"source": source, "file": path.name, "sha256": digest}  # type: ignore[assignment]
+
+
+def origins(module: nn.Module) -> dict[str, dict[str, str]]:
+    """Name the parts of a module that ``load_weights`` filled: ``source``, name and SHA-256 of the file of each."""
+    return {name: part.origin for name, part in module.named_modules() if "origin" in vars(part)}
 
 
 def locate(source: str) -> Path:
     """Find the file that ``source`` names; of a run it is ``best.ckpt`` if there, else ``last.ckpt``."""
-    if not source.startswith("run:"):
-        if not (path := ROOT / source).is_file():
-            raise FileNotFoundError(f"no weights at {path} (a relative path counts from the repository root)")
-        return path
+    if source.startswith("run:"):
+        return _locate_run(source)
+    if published.is_torchvision(source):
+        return published.torchvision_file(source)
+    if published.is_published(source):
+        return published.published_file(source, CHECKPOINTS)
+    if not (path := ROOT / source).is_file():
+        raise FileNotFoundError(
+            f"no weights at {path} (a relative path counts from the repository root)"
+            + published.did_you_mean(source, published.FILES)
+        )
+    return path
+
+
+def _locate_run(source: str) -> Path:
     if not (parts := re.fullmatch(r"run:([^/]+)/([^/]+)(?:/([^/]+))?", source)):
         raise ValueError(f"a run is named run:<method>/<setting> or run:<method>/<setting>/<name>, not {source}")
     method, setting, name = parts.group(1), parts.group(2), parts.group(3) or "seed0"
@@ -60,11 +99,19 @@ def locate(source: str) -> Path:
     )
 
 
-def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Read the state dict in a file of ``torch.save``; nothing in the file is executed."""
-    with path.open("rb") as file:
+class Stub:
+    """Takes the place of ``STUBBED``, so that nothing of theirs runs."""
+
+    def __init__(self, *arguments: Any) -> None: ...
+
+    def __setstate__(self, state: Any) -> None: ...
+
+
+def read_checkpoint(path: Path) -> Any:
+    """Read a file of ``torch.save``; nothing in the file is executed."""
+    with path.open("rb") as file, safe_globals([(Stub, name) for name in STUBBED]):
         try:
-            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+            return torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged file raises nearly any type, from KeyError to RuntimeError
             foreign = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
             if foreign is None:
@@ -73,23 +120,36 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
                 f"{path} is refused: to unpickle it means to run {foreign.group(1)}, and weights are read as plain "
                 "data only. If you trust the file, save the network's state_dict() alone and give that"
             ) from error
-    return unwrap(checkpoint, path)
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """Read the state dict in a file of ``torch.save``; nothing in the file is executed."""
+    return unwrap(read_checkpoint(path), path)
 
 
 def unwrap(checkpoint: Any, path: Path) -> dict[str, Tensor]:
-    """Take the state dict out of what ``path`` holds."""
+    """Take the state dict of a network out of what ``path`` holds."""
     state = checkpoint
     if isinstance(checkpoint, dict):
         state = next((checkpoint[key] for key in CONTAINERS if key in checkpoint), checkpoint)
+        if all(isinstance(checkpoint.get(part), dict) for part in PARTS):
+            state = {name: value for part in PARTS for name, value in checkpoint[part].items()}
     named = isinstance(state, dict) and all(isinstance(name, str) for name in state)
     if not named or not all(isinstance(value, Tensor) for value in state.values()):
         held = f"keys {', '.join(map(str, checkpoint))}" if isinstance(checkpoint, dict) else type(checkpoint).__name__
         raise ValueError(
-            f"{path} holds no state dict (names of tensors), bare or under {' or '.join(CONTAINERS)}; it holds {held}"
+            f"{path} holds no state dict (names of tensors), bare, under {' or '.join(CONTAINERS)}, or under "
+            f"{' and '.join(PARTS)}; it holds {held}"
         )
     if "pytorch-lightning_version" in checkpoint:  # beside the network it holds what the method adds to it
-        return {name: value for name, value in state.items() if name.startswith("backbone.")} or state
+        network = ("backbone.", "encoder.") if "fc_mu.weight" in state else "backbone."
+        return {name: value for name, value in state.items() if name.startswith(network)} or state
     return state
+
+
+def adapt(state: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Bring ``state`` (a file) to the names of ``own`` (a network) as far as prefixes and published layouts differ."""
+    return layouts.fill_affine(layouts.translate(strip_prefixes(state, set(own)), own), own)
 
 
 def strip_prefixes(state: dict[str, Tensor], names: set[str]) -> dict[str, Tensor]:

@@ -39,7 +39,7 @@ CELLS = (8, 8, 7, 6, 4, 16, 2, 32)  # coarseness of each set's patterns, so that
 def patterns(sizes: dict[str, int]) -> dict[str, Tensor]:
     """Draw uint8 (N, 3, 32, 32) images of random coloured cells, blurred into each other."""
     generator = torch.Generator().manual_seed(0)
-    cells = (torch.rand(n, 3, side, side, generator=generator) for n, side in zip(sizes.values(), CELLS, strict=True))
+    cells = (torch.rand(n, 3, side, side, generator=generator) for n, side in zip(sizes.values(), CELLS, strict=False))
     images = (F.interpolate(colours, size=32, mode="bilinear") for colours in cells)
     return {name: (255 * pixels).byte() for name, pixels in zip(sizes, images, strict=True)}
 

@@ -2,6 +2,7 @@
 
 from pytorch_lightning import Callback, LightningModule, Trainer
 
+from backbones.autoencoders import Autoencoder
 from backbones.backbone import Backbone
 from datamodules.datamodule import OODDataModule
 from lightning_modules.ood_module import OODModule
@@ -16,21 +17,22 @@ class Compatibility(Callback):
             check_compatibility(trainer.datamodule, pl_module.backbone)  # type: ignore[attr-defined]
 
 
-def check_compatibility(data: OODDataModule, backbone: Backbone) -> None:
+def check_compatibility(data: OODDataModule, backbone: Backbone | Autoencoder) -> None:
     """Raise a ``ValueError`` that says both sides where data and network do not fit."""
     network, sets = type(backbone).__name__, type(data).__name__
-    if data.num_classes != backbone.num_classes:
+    if isinstance(backbone, Backbone) and data.num_classes != backbone.num_classes:
         raise ValueError(f"{network} has {backbone.num_classes} classes, the ID data of {sets} {data.num_classes}")
     if tuple(data.image_shape) != tuple(backbone.input_shape):
         raise ValueError(
             f"{network} reads images of shape {tuple(backbone.input_shape)} (C, H, W), {sets} serves "
             f"{tuple(data.image_shape)}; set the network's input_shape or let the data resize"
         )
-    if data.normalizes and backbone.mean is not None:
+    normalizes = isinstance(backbone, Backbone) and backbone.mean is not None
+    if data.normalizes and normalizes:
         raise ValueError(
             f"images would be normalised twice: {sets} and {network} both have mean and std; drop one pair"
         )
-    if not data.normalizes and backbone.mean is None:
+    if not data.normalizes and not normalizes:
         raise ValueError(
             f"nobody normalises: neither {sets} nor {network} has mean and std; "
             "for images left in [0, 1] say data mean [0.0], std [1.0]"

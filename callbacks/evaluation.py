@@ -5,6 +5,7 @@ import shutil
 import time
 from collections import defaultdict
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +30,24 @@ from lightning_modules.evidence import Evidence
 from lightning_modules.ood_module import OODModule
 from lightning_modules.scores.score import InputScore, Score, widen
 
-FIT_LOADERS = ("fit", "fit_2")
 Row = tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]  # ids, labels, predictions, name -> score; each (B,)
+
+
+class WithoutLogits(Evidence):
+    """What scores get to see of a method without classes: the logits are refused in words to those that read them."""
+
+    @property
+    def logits(self) -> Tensor:
+        """Raise a ``ValueError``."""
+        raise ValueError("the score reads class logits, and the method has no classes")
 
 
 class OODEvaluation(Callback):
     """Fits the scores, scores every test image, and leaves results, figures and log entries.
 
     During ``test`` the ID training images (loader ``fit``) come first and stream into the scores that are not fitted
-    yet; of every later image only its id, label, prediction and scores are kept. Ranks are gathered by image id, so any
-    number of processes gives the result of one.
+    yet; then those that need it are calibrated on the held-out ID images. Of every later image only its id, label,
+    prediction and scores are kept. Ranks are gathered by image id, so any number of processes gives the result of one.
 
     Args:
         scores: name -> score; the method's own scores join under the names that it gives them.
@@ -67,23 +76,52 @@ class OODEvaluation(Callback):
         self.samples: Samples | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Ask the method for the taps of the scores, and the data module for the passes they need."""
+        """Ask the method for the taps of the scores, and the data module for the passes they need.
+
+        Raises:
+            ValueError: the method has no classes, and a score reads logits or a classifier.
+        """
+        module, data = _parts(trainer, pl_module)
+        if not module.num_classes:  # at every stage: not only when the training is over
+            self._check_without_classes(module)
         if stage != "test":
             return
-        module, data = _parts(trainer, pl_module)
         for score in self.scores.values():
             module.taps |= score.taps
-        data.fit_passes = max((score.passes - int(score.finished) for score in self.scores.values()), default=0)
+        data.fit_passes = max((score.passes_left for score in self.scores.values()), default=0)
+        if self._uncalibrated() and "calibration" not in data.sets:
+            raise ValueError(
+                f"{', '.join(self._uncalibrated())}: to be calibrated on ID training images that are held out, but "
+                "none are: set val_split of the data"
+            )
+
+    def _check_without_classes(self, module: OODModule) -> None:
+        for name, score in self.scores.items():
+            score.bind(None)  # says so itself where it copies the head
+            if not score.taps or isinstance(score, InputScore):
+                raise ValueError(
+                    f"{name} reads class logits, {type(module).__name__} has no classes: name only scores that read "
+                    "features, or none (scores: {})"
+                )
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start with nothing; bind the scores to the network, which holds the checkpoint only now."""
         module, _ = _parts(trainer, pl_module)
         self._rows: dict[str, list[Row]] = defaultdict(list)
         self._images = 0
+        self._calibration_forwards: dict[str, int] = {}
         self._started = time.perf_counter()
         for score in self.scores.values():
-            score.bind(module.backbone)
+            score.bind(module.backbone if module.num_classes else None)
             score.to(pl_module.device, torch.float64 if pl_module.dtype == torch.float64 else None)
+
+    def on_test_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Calibrate between the last image to fit on and the first to score."""
+        module, data = _parts(trainer, pl_module)
+        if batch_idx == 0 and dataloader_idx == data.fit_passes and self._uncalibrated():
+            self._calibrate(trainer, module, data)
 
     def on_test_batch_end(
         self,
@@ -95,29 +133,32 @@ class OODEvaluation(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Fit on, or score, the evidence of one batch."""
+        module, data = _parts(trainer, pl_module)
+        evidence = outputs if module.num_classes else WithoutLogits(*outputs)
         images, labels, ids = batch
         self._images += len(images)
         loader = list(_loaders(trainer))[dataloader_idx]
-        if loader in FIT_LOADERS:
+        if dataloader_idx < data.fit_passes:
             last = batch_idx + 1 == trainer.num_test_batches[dataloader_idx]
             for name, score in self.scores.items():
-                if not score.fitted:
+                if score.passes_left:
                     try:
-                        score.update(outputs, labels)
+                        score.update(evidence, labels)
                         if last:
                             score.finalize()
                     except ValueError as error:
                         raise ValueError(f"fitting {name} on the ID training images: {error}") from error
             return
         scores = {
-            name: score(pl_module, images) if isinstance(score, InputScore) else score(outputs)
+            name: score(pl_module, images) if isinstance(score, InputScore) else score(evidence)
             for name, score in self.scores.items()
         }
         if taken := outputs.scores.keys() & scores.keys():
             raise ValueError(
                 f"{type(pl_module).__name__} itself yields {', '.join(taken)}: rename those of the evaluation"
             )
-        self._rows[loader].append((ids, labels, outputs.logits.argmax(1), outputs.scores | scores))
+        predictions = outputs.logits.argmax(1) if module.num_classes else torch.full_like(labels, -1)
+        self._rows[loader].append((ids, labels, predictions, outputs.scores | scores))
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gather, compute, write, log."""
@@ -127,12 +168,16 @@ class OODEvaluation(Callback):
         if not trainer.is_global_zero:
             return
         self.samples = samples
-        extra = {name: score.forwards for name, score in self.scores.items() if isinstance(score, InputScore)}
         scored = len(samples.ids)
+        extra = {
+            name: score.forwards * scored + self._calibration_forwards.get(name, 0)
+            for name, score in self.scores.items()
+            if isinstance(score, InputScore)
+        }
         self.results = {
             **self._identity(trainer, module, data),
             "truncated": sum(trainer.num_test_batches) < sum(map(len, _loaders(trainer).values())),
-            "forwards": {"images": images, **{name: n * scored for name, n in extra.items()}},
+            "forwards": {"images": images, **extra},
             "seconds": round(time.perf_counter() - self._started, 3),
             **summarize(samples, data.groups, self.rules, data.num_classes, self.bootstrap),
             "configuration": self.configuration,
@@ -145,11 +190,35 @@ class OODEvaluation(Callback):
             rank_zero_info(f"results: {self.folder / 'results.json'}")
         self._log(trainer, self._draw(samples, data, module))
 
+    def _uncalibrated(self) -> dict[str, InputScore]:
+        return {
+            name: score
+            for name, score in self.scores.items()
+            if isinstance(score, InputScore) and score.calibration_forwards and not score.fitted
+        }
+
+    def _calibrate(self, trainer: Trainer, module: OODModule, data: OODDataModule) -> None:
+        """Show the held-out images, which are scored later like any others, to the scores that need them first."""
+        scores, loaders = self._uncalibrated(), list(_loaders(trainer))
+        batches, images_seen = int(trainer.num_test_batches[loaders.index("calibration")]), 0
+        for batch in islice(data.test_dataloader()["calibration"], batches):
+            images, labels, _ = trainer.strategy.batch_to_device(batch)
+            images_seen += len(images)
+            for score in scores.values():
+                score.calibrate(module, images, labels)
+        total = int(sum_over_processes(torch.tensor(images_seen, device=module.device)))
+        for name, score in scores.items():
+            try:
+                score.finalize()
+            except ValueError as error:
+                raise ValueError(f"calibrating {name} on the held-out ID images: {error}") from error
+            self._calibration_forwards[name] = score.calibration_forwards * total
+
     def _gather(self, trainer: Trainer, data: OODDataModule) -> Samples:
         """Join the rows of all processes: each id exactly once, in order."""
         parts: list[dict[str, np.ndarray]] = []
         repeats: dict[str, np.ndarray] = {}
-        splits = [name for name in _loaders(trainer) if name not in FIT_LOADERS]
+        splits = list(_loaders(trainer))[data.fit_passes :]
         for index, split in enumerate(splits):
             ids, labels, predictions, scores = zip(*self._rows[split], strict=True)
             named = {name: widen(torch.cat([batch[name] for batch in scores])) for name in scores[0]}
@@ -231,7 +300,8 @@ class OODEvaluation(Callback):
         numbers = {f"ood/{row['ood_set']}/{row['score']}/{key}": row[key] for row in rows for key in HEADLINE}
         for mean in self.results["means"]:
             numbers |= {f"ood/{mean['group']}/{mean['score']}/{key}": mean[key] for key in HEADLINE}
-        numbers["test/accuracy"] = self.results["id_accuracy"]
+        if self.results["id_accuracy"] is not None:
+            numbers["test/accuracy"] = self.results["id_accuracy"]
         for logger in trainer.loggers:
             logger.log_metrics(numbers)
             if isinstance(logger, WandbLogger):

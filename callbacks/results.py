@@ -44,9 +44,9 @@ def summarize(
         confidence: share of replicates between the bounds.
 
     Returns:
-        ``metric_rules``, ``id_accuracy``, ``thresholds`` (score -> smallest value that accepts 95% of the held-out ID
-        training images), ``rows`` (one for each score and OOD set) and ``means`` (unweighted, over the sets of a
-        group). Fractions, not percent.
+        ``metric_rules``, ``id_accuracy`` (None for a method without classes), ``thresholds`` (score -> smallest value
+        that accepts 95% of the held-out ID training images), ``rows`` (one for each score and OOD set) and ``means``
+        (unweighted, over the sets of a group). Fractions, not percent.
     """
     known = samples.of("id")
     correct = known.labels == known.predictions
@@ -72,7 +72,7 @@ def summarize(
                 if correct.any():
                     pair = known.scores[name], unknown.scores[name], correct
                     values |= {"cauroc": cauroc(*pair), "oscr": oscr(*pair)}
-                if name in thresholds:
+                if samples.classified and name in thresholds:
                     values["macro_f1"] = _macro_f1(known, unknown, name, thresholds[name], num_classes)
                 measured.append(values)
             rows.append(row | _over_drawings(measured))
@@ -85,7 +85,7 @@ def summarize(
     ]
     return {
         "metric_rules": {**asdict(rules), "bootstrap_replicates": replicates, "confidence": confidence},
-        "id_accuracy": float(correct.mean()),
+        "id_accuracy": float(correct.mean()) if samples.classified else None,
         "thresholds": thresholds,
         "rows": rows,
         "means": means,

@@ -12,6 +12,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
+from backbones.weights import origins
 from callbacks.loggers import MetricsCSV
 from callbacks.provenance import git_revision, hardware, package_versions
 from callbacks.results import read_json, write_json
@@ -63,6 +64,11 @@ class RunRecord(Callback):
             if data.outlier_feed is not None:
                 self._status["duplicates"] = record["duplicates"] if "duplicates" in record else find_duplicates(data)
             self._write(status="running", git_revision=git_revision(), packages=package_versions())
+
+    @rank_zero_only
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the files of weights that the network starts from."""
+        self._write(weights=origins(pl_module))
 
     @rank_zero_only
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

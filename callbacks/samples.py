@@ -23,7 +23,7 @@ class Samples:
         split: (N,) index into ``splits``.
         ids: (N,) row of the image within its split.
         labels: (N,) class of an ID image, -1 for an OOD image.
-        predictions: (N,) predicted class.
+        predictions: (N,) predicted class; -1 throughout for a method without classes.
         scores: name -> (N,), higher = more OOD.
         repeats: OOD set -> (R, n) ids of the n images in each of its R drawings, which may overlap; only of sets that
             were drawn from more than once.
@@ -49,6 +49,11 @@ class Samples:
         if ood_set not in self.repeats:
             return [rows]
         return [rows._take(np.isin(rows.ids, ids)) for ids in self.repeats[ood_set]]
+
+    @property
+    def classified(self) -> bool:
+        """Whether classes were predicted at all."""
+        return bool((self.predictions >= 0).all())
 
     @property
     def ood_sets(self) -> tuple[str, ...]:

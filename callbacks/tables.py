@@ -94,7 +94,8 @@ def print_results(runs: Sequence[Mapping[str, Any]]) -> None:
             outliers = "{size} images of {source}, {feed}".format_map(run["outliers"])
             for name, count in (run["outliers"]["duplicates"] or {}).items():
                 outliers += f" ({count} of them also in {name})"
-        line = f"{run['experiment']}/{run['name']}: ID accuracy {100 * run['id_accuracy']:.2f}%, outliers: {outliers}"
+        accuracy = "no classes" if run["id_accuracy"] is None else f"ID accuracy {100 * run['id_accuracy']:.2f}%"
+        line = f"{run['experiment']}/{run['name']}: {accuracy}, outliers: {outliers}"
         line += ", TRUNCATED evaluation" if run["truncated"] else ""
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 

@@ -99,6 +99,9 @@ class OODCLI(LightningCLI):
             help="fit: discard a run of the same name; test: replace its results",
         )
         parser.add_argument("--save_every_n_steps", type=int | None, help="write last.ckpt in mid-epoch too")
+        parser.add_argument(
+            "--keep_every_n_epochs", type=int | None, help="keep the checkpoint of every n-th epoch, in epochs/"
+        )
         parser.add_lightning_class_args(OODEvaluation, "evaluation")
         parser.link_arguments("seed_everything", "data.init_args.seed")
 
@@ -153,6 +156,10 @@ class OODCLI(LightningCLI):
         checkpoints: list[Callback] = []
         if self._selection() == "best":  # before the last one, which stores its state
             checkpoints += [ModelCheckpoint(**common, filename="best", monitor="val/accuracy", mode="max")]
+        if self.settings.keep_every_n_epochs:
+            kept = common | {"dirpath": self.folder / "epochs", "filename": "{epoch:03d}", "save_top_k": -1}
+            epochs = self.settings.keep_every_n_epochs
+            checkpoints += [ModelCheckpoint(**kept, auto_insert_metric_name=False, every_n_epochs=epochs)]
         if self.settings.save_every_n_steps:
             steps = self.settings.save_every_n_steps
             checkpoints += [LastCheckpoint(**common, filename="last", every_n_train_steps=steps)]

@@ -12,7 +12,8 @@ class Evidence(NamedTuple):
     """All that the scores may read of a batch of B images.
 
     Attributes:
-        logits: (B, K) class scores: logits, or class log-likelihoods where a method has no classifier.
+        logits: (B, K) class scores: logits, or class log-likelihoods where a method has no classifier; K = 0 where it
+            has no classes.
         features: tap -> (B, D_tap); ``penultimate`` always, others on request.
         scores: the method's own OOD scores, (B,), higher = more OOD; may be empty.
         maps: (B, C, H, W) to look at (heatmaps), else None.

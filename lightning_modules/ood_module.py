@@ -1,15 +1,17 @@
 """The contract that every method keeps."""
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from matplotlib.figure import Figure
 from pytorch_lightning import LightningModule
 from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
-from pytorch_lightning.utilities.types import OptimizerLRScheduler
+from pytorch_lightning.cli import ReduceLROnPlateau as MonitoredPlateau
+from pytorch_lightning.utilities.types import LRSchedulerConfigType, LRSchedulerTypeUnion, OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
+from backbones.autoencoders import Autoencoder
 from backbones.backbone import Backbone
 from lightning_modules.evidence import Evidence
 
@@ -29,9 +31,10 @@ class OODModule(LightningModule, ABC):
         taps: the features that ``forward`` returns beside ``penultimate``; the evaluation adds what its scores read.
         selection: the checkpoint to test: ``best`` on ID validation accuracy, or ``last``.
         frozen: names of submodules that stay in eval mode, take no gradient and are no business of the optimiser.
+        num_classes: K, the width of the logits; 0 for a method without classes, which validates in its own way.
 
     Args:
-        backbone: the network.
+        backbone: the network; an autoencoder where there are no classes.
         optimizer: makes the optimiser from the parameters that are not frozen.
         lr_scheduler: makes the schedule from the optimiser; None = constant.
         lr_interval: whether the schedule steps after each epoch or after each step.
@@ -39,19 +42,22 @@ class OODModule(LightningModule, ABC):
 
     selection: ClassVar[Literal["best", "last"]] = "last"
     frozen: ClassVar[tuple[str, ...]] = ()
+    backbone: Backbone  # or an Autoencoder, where num_classes is 0: a union would burden every other method
 
     def __init__(
         self,
-        backbone: Backbone,
+        backbone: Backbone | Autoencoder,
         optimizer: OptimizerCallable,
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_interval: Literal["epoch", "step"] = "epoch",
     ) -> None:
         super().__init__()
-        self.backbone = backbone
+        self.backbone = backbone  # type: ignore[assignment]
+        self.num_classes = backbone.num_classes if isinstance(backbone, Backbone) else 0
         self.taps: set[str] = set()
         self._optimizer, self._lr_scheduler, self._lr_interval = optimizer, lr_scheduler, lr_interval
-        self.val_accuracy = MulticlassAccuracy(backbone.num_classes, average="micro")
+        if self.num_classes:
+            self.val_accuracy = MulticlassAccuracy(self.num_classes, average="micro")
 
     @abstractmethod
     def forward(self, images: Images) -> Evidence:
@@ -94,7 +100,27 @@ class OODModule(LightningModule, ABC):
         if self._lr_scheduler is None:
             return optimizer
         scheduler = self._lr_scheduler(optimizer)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": self._lr_interval}}
+        config: LRSchedulerConfigType = {"scheduler": scheduler, "interval": self._lr_interval}
+        if isinstance(scheduler, MonitoredPlateau):
+            config["monitor"] = scheduler.monitor
+        return {"optimizer": optimizer, "lr_scheduler": config}
+
+    def on_train_epoch_end(self) -> None:
+        """Step a schedule that waits for a plateau; Lightning would do so behind the back of the checkpoint."""
+        for config in self.trainer.lr_scheduler_configs:
+            if not config.reduce_on_plateau:
+                continue
+            if config.monitor not in self.trainer.callback_metrics:
+                raise ValueError(
+                    f"the learning rate waits for a plateau of {config.monitor}, which was not logged in this epoch; "
+                    f"there is {', '.join(sorted(self.trainer.callback_metrics))}. Are images held out (val_split)?"
+                )
+            config.scheduler.step(self.trainer.callback_metrics[config.monitor])  # type: ignore[arg-type]
+
+    def lr_scheduler_step(self, scheduler: LRSchedulerTypeUnion, metric: Any | None) -> None:
+        """Step a schedule that follows the count of steps or epochs."""
+        if metric is None:  # else ``on_train_epoch_end`` has done it
+            super().lr_scheduler_step(scheduler, metric)
 
     def configure_model(self) -> None:
         """Take the gradients of what is frozen away, and its training mode; Lightning calls this before all else.

@@ -47,9 +47,19 @@ class Score(nn.Module, ABC):
         self.register_buffer("finished", torch.tensor(0))
 
     @property
+    def passes_left(self) -> int:
+        """How often it must still see the ID training data."""
+        return max(0, self.passes - int(self.finished))
+
+    @property
     def fitted(self) -> bool:
         """Whether ``forward`` may be called."""
-        return int(self.finished) >= self.passes
+        return not self.passes_left
+
+    @property
+    def needs(self) -> str:
+        """What it takes to fit it, in words."""
+        return f"{self.passes} pass(es) over ID training data"
 
     def bind(self, backbone: Backbone | None) -> None:
         """Copy what is needed of the network's head; ``None`` for a method without a classifier."""
@@ -72,9 +82,7 @@ class Score(nn.Module, ABC):
     def __call__(self, *args: Any) -> Tensor:
         """Score, after making sure that the score is fitted."""
         if not self.fitted:
-            raise RuntimeError(
-                f"{type(self).__name__} is not fitted: it needs {self.passes} pass(es) over ID training data"
-            )
+            raise RuntimeError(f"{type(self).__name__} is not fitted: it needs {self.needs}")
         # Under autocast the matrix products of distances and densities would round to half precision.
         with torch.autocast(self.finished.device.type, enabled=False):
             return super().__call__(*args)
@@ -90,11 +98,29 @@ class Score(nn.Module, ABC):
 class InputScore(Score):
     """A score that runs the network again, on perturbed images: ``forward(module, images)``.
 
+    A score with ``calibration_forwards`` goes on after its ``passes``: any number of ``calibrate`` calls on ID training
+    images that were held out, never on test images, and one more ``finalize``.
+
     Attributes:
         forwards: extra forward passes for each image; what the evaluation reports as the score's cost.
+        calibration_forwards: the same for each image that it is calibrated on; 0 = it is not calibrated.
     """
 
     forwards: int
+    calibration_forwards: int = 0
+
+    @property
+    def fitted(self) -> bool:
+        """Whether ``forward`` may be called."""
+        return int(self.finished) >= self.passes + (self.calibration_forwards > 0)
+
+    @property
+    def needs(self) -> str:
+        """What it takes to fit it, in words."""
+        return super().needs + (", then calibration on held-out ID images" if self.calibration_forwards else "")
+
+    def calibrate(self, module: nn.Module, images: Tensor, labels: Tensor) -> None:
+        """Take in a batch of held-out ID images (B, C, H, W) with labels (B,); B may be 0."""
 
     @abstractmethod
     def forward(self, module: nn.Module, images: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Every network keeps the contract of ``Backbone``; each equals an independent reference."""
 
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
@@ -15,8 +16,11 @@ from torch.nn import functional as F
 from backbones.backbone import Backbone
 from backbones.densenet import DenseNet
 from backbones.digits_net import DigitsNet
+from backbones.mnist_conv import MNISTConv
 from backbones.resnet import ResNet
 from backbones.resnet_option_a import ResNetOptionA, option_a
+from backbones.timm_model import TimmModel
+from backbones.vgg import VGG
 from backbones.wide_resnet import HeatmapWideResNet, WideResNet
 
 CLASSES = 7
@@ -47,8 +51,17 @@ class Case:
         """For tests that leave the network as it is."""
         return self.new()
 
+    def taps(self) -> list[str]:
+        """What the network offers: a last map without positions has neither deviation nor maximum."""
+        return [tap for tap in self.shared().taps if len(self.map_shape) == 3 or tap not in ("std", "max")]
+
     def images(self, count: int = 3) -> Tensor:
         return torch.rand(count, *self.shape, generator=torch.Generator().manual_seed(1))
+
+
+def timm_model(name: str, **options) -> Backbone:
+    pytest.importorskip("timm")
+    return TimmModel(name, **options)
 
 
 BASIC, BOTTLENECK = (64, 64, 128, 256, 512), (64, 256, 512, 1024, 2048)
@@ -72,6 +85,10 @@ CASES = {
     "densenet-22": Case(partial(DenseNet, depth=22, dropout=0.3), (3, 32, 32), (69, 8, 8), (24, 30, 33, 69)),
     "densenet-22-oblong": Case(partial(DenseNet, depth=22), (1, 29, 12), (69, 7, 3), (24, 30, 33, 69)),
     "densenet-22-bare-norm": Case(partial(DenseNet, depth=22, affine=False), (3, 16, 16), (69, 4, 4), (24, 30, 33, 69)),
+    "vgg": Case(VGG, (3, 32, 32), (1024,), (64, 128, 256, 256)),
+    "mnist-conv": Case(MNISTConv, (1, 28, 28), (500,), (100, 100, 100, 100)),
+    "timm-resnet10t": Case(partial(timm_model, "resnet10t"), (3, 64, 64), (512, 2, 2), ()),
+    "timm-vit": Case(partial(timm_model, "test_vit"), (3, 32, 32), (64,), ()),
     "digits": Case(DigitsNet, (1, 8, 8), (64, 4, 4), (16, 32, 64, 64)),
     "digits-colour-15": Case(DigitsNet, (3, 15, 15), (64, 8, 8), (16, 32, 64, 64)),
 }
@@ -90,12 +107,11 @@ def test_shapes(case, count):
         assert maps.shape == (count, *case.map_shape)
         assert network(images).shape == network.forward_head(maps).shape == (count, CLASSES)
         assert network.forward_head(maps, pre_logits=True).shape == (count, network.num_features)
-        _, features = network.forward_intermediates(images, network.taps)
-    widths = dict(zip(("stem", *network.stages), case.widths, strict=True))
+        _, features = network.forward_intermediates(images, case.taps())
     pools = dict.fromkeys(("penultimate", "std", "max"), network.num_features)
-    assert {tap: tuple(value.shape) for tap, value in features.items()} == {
-        tap: (count, width) for tap, width in (pools | widths).items()
-    }
+    widths = pools | dict(zip(("stem", *network.stages)[: len(case.widths)], case.widths, strict=True))
+    expected = {tap: (count, widths[tap]) for tap in case.taps()}
+    assert {tap: tuple(value.shape) for tap, value in features.items()} == expected
     assert network.num_features == case.map_shape[0] == network.head.in_features
     assert network.num_classes == network.head.out_features == CLASSES
 
@@ -121,14 +137,19 @@ def test_one_pass_yields_every_tap(case, monkeypatch):
         for stage in network.stages
     ]
     with torch.no_grad():
-        maps, features = network.forward_intermediates(images, network.taps)
+        maps, features = network.forward_intermediates(images, case.taps())
     for hook in hooks:
         hook.remove()
     assert calls == ["stem", *network.stages, "finish"]
     for stage, output in outputs.items():
+        if stage not in features:  # the stem of a network without stages
+            continue
         torch.testing.assert_close(features[stage], output.sum((-1, -2)) / output[0, 0].numel())
     with torch.no_grad():
-        assert torch.equal(maps, finish(outputs[network.stages[-1]]))
+        assert torch.equal(maps, finish(outputs[("stem", *network.stages)[-1]]))
+    if maps.ndim == 2:
+        assert torch.equal(features["penultimate"], maps)
+        return
     assert features["std"].count_nonzero() > 0
     for row, column in ((0, 0), (1, 5), (2, 63)):
         positions = maps[row, column].flatten().double().tolist()
@@ -140,8 +161,9 @@ def test_one_pass_yields_every_tap(case, monkeypatch):
 
 
 def test_only_the_requested_taps_are_returned(case):
-    _, features = case.shared().forward_intermediates(case.images(), {"layer2"})
-    assert set(features) == {"layer2"}
+    for tap in case.taps():
+        _, features = case.shared().forward_intermediates(case.images(), {tap})
+        assert set(features) == {tap}
 
 
 def test_the_head_reads_the_penultimate_features(case):
@@ -158,6 +180,52 @@ def test_eval_is_deterministic(case):
         assert torch.equal(network(images), network(images))
 
 
+def some_by_default(*names: str) -> list:
+    """All cases, those that are not named as slow tests."""
+    return [pytest.param(CASES[name], id=name, marks=[] if name in names else pytest.mark.slow) for name in CASES]
+
+
+QUICK = ("resnet18", "densenet-22")
+
+
+@pytest.mark.parametrize("case", some_by_default(*QUICK))
+def test_channels_last_changes_nothing_but_rounding(case):
+    network, images = case.new().to(memory_format=torch.channels_last), case.images()
+    with torch.no_grad():
+        maps, features = network.forward_intermediates(images.to(memory_format=torch.channels_last), case.taps())
+        _, expected = case.shared().forward_intermediates(images, case.taps())
+        torch.testing.assert_close(network.forward_head(maps), case.shared()(images), rtol=1e-4, atol=1e-4)
+    for tap in case.taps():
+        torch.testing.assert_close(features[tap], expected[tap], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", some_by_default(*QUICK))
+def test_bf16_changes_nothing_but_rounding(case):
+    network, images = case.shared(), case.images(8)
+    with torch.no_grad():
+        expected = network(images)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = network(images)
+    spread = (expected - expected.mean(0)).abs().max()  # between images: far more than the rounding of a layer
+    assert logits.dtype == torch.bfloat16
+    assert (logits.float() - expected).abs().max() < 0.1 * spread + 0.02 * expected.abs().max()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("case", some_by_default("digits", "mnist-conv"))
+def test_compiled_networks_agree(case, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch.compiler.reset()
+    network, images = case.shared(), case.images()
+    compiled = torch.compile(partial(network.forward_intermediates, taps=tuple(case.taps())), fullgraph=True)
+    with torch.no_grad():
+        maps, features = compiled(images)
+        _, expected = network.forward_intermediates(images, case.taps())
+        torch.testing.assert_close(network.forward_head(maps), network(images), rtol=1e-4, atol=1e-4)
+    for tap in case.taps():
+        torch.testing.assert_close(features[tap], expected[tap], rtol=1e-4, atol=1e-4)
+
+
 def test_weights_survive_a_file(case, tmp_path):
     network, images = case.shared(), case.images()
     torch.save(network.state_dict(), tmp_path / "network.pt")
@@ -168,7 +236,7 @@ def test_weights_survive_a_file(case, tmp_path):
 
 def test_gradients_reach_every_image(case):
     network, images = case.shared(), case.images().requires_grad_()
-    maps, features = network.forward_intermediates(images, network.taps)
+    maps, features = network.forward_intermediates(images, case.taps())
     for output in (network.forward_head(maps), *features.values()):
         (gradient,) = torch.autograd.grad(output.square().sum(), images, retain_graph=True)
         assert gradient.isfinite().all()
@@ -183,7 +251,8 @@ def test_wrong_images_are_named_with_both_shapes(case):
 
 
 def test_an_unknown_tap_lists_the_known_ones(case):
-    with pytest.raises(ValueError, match=r"no tap layer9; its taps: penultimate, std, max, stem, layer1, layer2"):
+    known = ", ".join(case.shared().taps)
+    with pytest.raises(ValueError, match=f"no tap layer9; its taps: {known}"):
         case.shared().forward_intermediates(case.images(), ["penultimate", "layer9"])
 
 

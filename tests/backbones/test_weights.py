@@ -2,17 +2,23 @@
 
 import hashlib
 import os
+import pickle
 import re
+import sys
 from collections import OrderedDict
 from pathlib import Path
+from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import nn
 
 from backbones import weights
 from backbones.digits_net import DigitsNet
-from backbones.weights import load_weights, weights_sha256
+from backbones.layouts import heatmap_decoder
+from backbones.weights import load_weights, origins, weights_sha256
 
 
 def network(seed: int = 0, classes: int = 3) -> DigitsNet:
@@ -48,6 +54,17 @@ def test_containers_and_prefixes(tmp_path, container, prefix, legacy):
     other = network(1)
     load_weights(other, save(tmp_path / "net.pt", content, legacy))
     assert same(other.state_dict(), network(0).state_dict())
+
+
+def test_encoder_and_classifier_in_parts(tmp_path):
+    state = network(0).state_dict()
+    encoder = {name: value for name, value in state.items() if not name.startswith("fc.")}
+    parts = {"net_state_dict": encoder, "cls_state_dict": {f"linear.{e}": state[f"fc.{e}"] for e in ("weight", "bias")}}
+    other = network(1)
+    load_weights(other, save(tmp_path / "net.pt", parts))
+    assert same(other.state_dict(), state)
+    with pytest.raises(ValueError, match="it holds keys net_state_dict, epoch"):
+        load_weights(other, save(tmp_path / "net.pt", {"net_state_dict": encoder, "epoch": 1}))
 
 
 def test_of_a_lightning_checkpoint_the_backbone_is_taken(tmp_path):
@@ -149,6 +166,47 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path, legacy):
     assert same(net.state_dict(), before)
 
 
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_pickled_configuration_is_refused_by_its_class(tmp_path, monkeypatch, legacy):
+    package = ModuleType("omegaconf.dictconfig")
+    package.DictConfig = type("DictConfig", (dict,), {"__module__": package.__name__})
+    monkeypatch.setitem(sys.modules, "omegaconf", ModuleType("omegaconf"))
+    monkeypatch.setitem(sys.modules, package.__name__, package)
+    content = {"model_state": network(0).state_dict(), "config": package.DictConfig(lr=0.1)}
+    with pytest.raises(ValueError, match=r"is refused: .* run omegaconf\.dictconfig\.DictConfig.*state_dict\(\) alone"):
+        load_weights(network(1), save(tmp_path / "net.ckpt", content, legacy))
+
+
+@pytest.mark.parametrize("numpy", [b"numpy._core", b"numpy.core"])  # of NumPy 2 and 1
+def test_what_lightning_and_numpy_leave_beside_the_weights_is_skipped(tmp_path, numpy):
+    heads = {"fc_mu.weight": torch.zeros(2, 64), "fc_var.weight": torch.zeros(2, 64), "ae.fc.bias": torch.zeros(3)}
+    content = {
+        "pytorch-lightning_version": "1.1.2",
+        "callbacks": {ModelCheckpoint: {"best_model_score": np.float64(0.5), "current_score": torch.tensor(0.5)}},
+        "state_dict": prefixed("encoder.", network(0).state_dict()) | heads,
+    }
+    path = Path(save(tmp_path / "net.ckpt", content, legacy=True))
+    assert path.read_bytes().count(b"numpy._core.multiarray") == 1
+    path.write_bytes(path.read_bytes().replace(b"numpy._core", numpy))
+    other = network(1)
+    load_weights(other, str(path))
+    assert same(other.state_dict(), network(0).state_dict())
+    with pytest.raises(pickle.UnpicklingError, match="GLOBAL"):  # elsewhere the rule is as strict as before
+        torch.load(path, weights_only=True)
+
+
+def test_a_pickle_may_not_build_what_it_skips_with_something_else(tmp_path):
+    content = {"state_dict": network(0).state_dict(), "score": np.zeros(3)}
+    with pytest.raises(ValueError, match=r"is refused: .* run numpy\._core\.multiarray\._reconstruct"):
+        load_weights(network(1), save(tmp_path / "net.pt", content))
+
+
+def test_a_decoder_is_read_by_its_epoch(tmp_path):
+    generator = {"fc1.weight": torch.ones(2, 3)}
+    path = save(tmp_path / "model.pt", {"min": 0, "max": np.float64(2.5), 9: {}, 149: {"generator": generator}})
+    assert same(heatmap_decoder(weights.read_checkpoint(Path(path))), generator)
+
+
 def test_a_pickled_network_is_refused_by_its_class(tmp_path):
     with pytest.raises(ValueError, match=r"is refused: .*backbones\.digits_net\.DigitsNet.*state_dict\(\)"):
         load_weights(network(1), save(tmp_path / "net.pt", network(0)))
@@ -193,6 +251,18 @@ def test_a_missing_file_is_named(tmp_path):
         load_weights(network(), str(tmp_path / "none.pt"))
     with pytest.raises(FileNotFoundError, match="no weights at"):
         load_weights(network(), str(tmp_path))
+
+
+def test_a_network_remembers_the_file_of_its_weights(tmp_path):
+    path = save(tmp_path / "net.pt", network(0).state_dict())
+    whole = nn.ModuleDict({"frozen": DigitsNet(3, weights=path), "head": nn.Linear(2, 2), "other": DigitsNet(3)})
+    digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    assert origins(whole) == {"frozen": {"source": path, "file": "net.pt", "sha256": digest}}
+    save(tmp_path / "wide.pt", network(0, classes=5).state_dict())
+    with pytest.raises(ValueError, match="nothing was loaded"):
+        load_weights(whole["frozen"], str(tmp_path / "wide.pt"))
+    assert origins(whole)["frozen"]["file"] == "net.pt"
+    assert "origin" not in "".join(whole.state_dict())
 
 
 @pytest.fixture

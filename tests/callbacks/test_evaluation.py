@@ -20,10 +20,13 @@ from experiments.verbs import metrics
 from lightning_modules.classifier import Classifier
 from lightning_modules.scores.gaussian import GMMEnergy, Mahalanobis
 from lightning_modules.scores.knn import KNN
+from lightning_modules.scores.layered_mahalanobis import LayeredMahalanobis
 from lightning_modules.scores.logits import MSP, Energy, MaxLogit
 from lightning_modules.scores.odin import ODIN
+from lightning_modules.scores.pca import PCA
 from lightning_modules.scores.react import ReAct
-from lightning_modules.scores.score import Score
+from lightning_modules.scores.score import InputScore, Score
+from lightning_modules.scores.vim import ViM
 
 OOD_SIZES = {"a": 31, "b": 17, "c": 1, "d": 20, "e": 8, "f": 40}
 TRAIN, TEST = 90, 50
@@ -70,6 +73,28 @@ class TwoPass(Score):
 
     def forward(self, evidence):
         return evidence.logits.sum(1)
+
+
+class Calibrated(InputScore):
+    """Remembers what it is calibrated on, and that nothing was scored before."""
+
+    passes, forwards, calibration_forwards = 1, 0, 3
+
+    def __init__(self):
+        super().__init__()
+        self.fitted_on, self.images, self.labels = 0, [], []
+
+    def update(self, evidence, labels):
+        assert not self.images
+        self.fitted_on += len(labels)
+
+    def calibrate(self, module, images, labels):
+        assert not module.training
+        self.images.append(images)
+        self.labels.append(labels)
+
+    def forward(self, module, images):
+        return images.sum((1, 2, 3))
 
 
 class Broken(Score):
@@ -125,6 +150,57 @@ def test_a_gradient_score_declares_and_takes_two_more(count_images):
     evaluation = evaluate(OODEvaluation({"msp": MSP(), "odin": ODIN()}, bootstrap=0, figures=False))
     assert sum(count_images) == scored + 2 * scored
     assert evaluation.results["forwards"] == {"images": scored, "odin": 2 * scored}
+
+
+@pytest.mark.parametrize("truncated", [False, True])
+def test_calibration_sees_the_held_out_images_before_any_is_scored(truncated, count_images):
+    data, score = Pixels(val_split=0.2), Calibrated()
+    evaluation = OODEvaluation({"calibrated": score, "msp": MSP()}, bootstrap=0, figures=False)
+    evaluate(evaluation, data=data, **({"limit_test_batches": 1} if truncated else {}))
+    assert score.fitted_on == (16 if truncated else TRAIN - 18)
+    held_out = [data.on_after_batch_transfer(batch, 0) for batch in data.val_dataloader()][: 1 if truncated else None]
+    images, labels = (torch.cat(parts) for parts in list(zip(*held_out, strict=True))[:2])
+    assert len(images) == (16 if truncated else 18)
+    assert torch.equal(torch.cat(score.images), images)
+    assert torch.equal(torch.cat(score.labels), labels)
+    np.testing.assert_allclose(
+        evaluation.samples.of("calibration").scores["calibrated"], images.sum((1, 2, 3)).numpy(), rtol=1e-5
+    )
+    assert evaluation.results["forwards"] == {"images": sum(count_images), "calibrated": 3 * len(images)}
+    seen = len(score.images)
+    evaluate(evaluation, data=Pixels())  # once calibrated, it needs no held-out images
+    assert len(score.images) == seen
+    assert evaluation.results["forwards"]["calibrated"] == 0
+
+
+def test_calibration_needs_images_that_are_held_out():
+    with pytest.raises(ValueError, match=r"^taps: to be calibrated .* none are: set val_split"):
+        evaluate(OODEvaluation({"taps": LayeredMahalanobis(["layer1"]), "msp": MSP()}, bootstrap=0))
+
+
+def test_what_a_calibration_lacks_is_named():
+    evaluation = OODEvaluation({"taps": LayeredMahalanobis(["layer1"])}, bootstrap=0)
+    with pytest.raises(ValueError, match="calibrating taps on the held-out ID images: it takes at least 4"):
+        evaluate(evaluation, data=Pixels(val_split=0.03))
+
+
+def test_layers_take_the_forwards_that_the_record_counts(count_images):
+    score = LayeredMahalanobis(["stem", "layer2", "penultimate"], magnitudes=(0.01, 0.1))
+    data = Pixels(val_split=0.2)
+    evaluation = evaluate(OODEvaluation({"taps": score}, bootstrap=0, figures=False), data=data)
+    scored = 18 + TEST + sum(OOD_SIZES.values())
+    forwards = 18 * (1 + 2 * (1 + 3 * 2)) + scored * (1 + 3)
+    assert evaluation.results["forwards"] == {"images": TRAIN - 18 + scored, "taps": forwards}
+    assert sum(count_images) == sum(evaluation.results["forwards"].values())
+    assert np.isfinite(evaluation.samples.scores["taps"]).all()
+
+
+def test_nested_scores_get_as_many_passes_as_they_need(count_images):
+    scores = {"vim": ViM(), "pca": PCA(PCA(KNN(k=5), components=8), components=16, whiten=True)}
+    evaluation = evaluate(OODEvaluation(scores, bootstrap=0, figures=False))
+    assert sum(count_images) == 3 * TRAIN + TEST + sum(OOD_SIZES.values())
+    assert all(score.fitted for score in scores.values())
+    assert len(evaluation.samples.ids) == TEST + sum(OOD_SIZES.values())
 
 
 def test_fitted_scores_need_no_training_image(count_images):

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import logging
 from types import SimpleNamespace
@@ -7,8 +8,10 @@ import torch
 import yaml
 from pytorch_lightning import Trainer
 
+from backbones.digits_net import DigitsNet
 from callbacks.run_record import RunRecord, differences, prepare_folder, read_run
 from datamodules.images import ArrayImages
+from lightning_modules.classifier import Classifier
 
 CONFIG = yaml.safe_dump({"model": {"lr": 0.1}, "seed_everything": 0})
 
@@ -96,6 +99,19 @@ def test_the_record_follows_a_run_that_breaks(tmp_path):
     assert "100% of the disk is on fire" in (tmp_path / "run" / "log.txt").read_text()
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["model"] == {"lr": 0.1}
     assert logging.getLogger().handlers == handlers
+
+
+def test_the_file_that_the_network_started_from_is_recorded(tmp_path):
+    torch.save(DigitsNet(6).state_dict(), tmp_path / "net.pt")
+    module = Classifier(DigitsNet(6, weights=str(tmp_path / "net.pt")), torch.optim.SGD)
+    record = RunRecord(tmp_path / "run", CONFIG)
+    trainer = make_trainer(tmp_path)
+    record.setup(trainer, module, "fit")
+    record.on_fit_start(trainer, module)
+    record.teardown(trainer, module, "fit")
+    digest = hashlib.sha256((tmp_path / "net.pt").read_bytes()).hexdigest()
+    expected = {"backbone": {"source": str(tmp_path / "net.pt"), "file": "net.pt", "sha256": digest}}
+    assert read_run(tmp_path / "run")["weights"] == expected
 
 
 def test_a_keyboard_interrupt_is_called_so(tmp_path):

@@ -202,6 +202,15 @@ def test_a_damaged_checkpoint_is_named(finished, capsys):
     assert "best.ckpt is damaged" in capsys.readouterr().err
 
 
+def test_checkpoints_of_the_training_are_kept(checkpoints):
+    keep = ["--trainer.max_epochs", "5", "--keep_every_n_epochs", "2"]
+    assert main(["fit", "--config", DIGITS, *QUICK, *keep]) == 0
+    folder = checkpoints / "classifier" / "digits" / "seed0"
+    kept = {path.name: torch.load(path, weights_only=True)["epoch"] for path in (folder / "epochs").iterdir()}
+    assert kept == {"001.ckpt": 1, "003.ckpt": 3}  # epochs count from 0
+    assert (folder / "last.ckpt").is_file()
+
+
 def test_seeds_are_averaged(finished, capsys):
     assert main(["run", "--config", DIGITS, *QUICK, "--seed_everything", "1"]) == 0
     runs = [json.loads((finished.parent / f"seed{k}" / "results.json").read_text())["rows"][0] for k in (0, 1)]

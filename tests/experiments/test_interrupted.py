@@ -33,10 +33,10 @@ class Break(Callback):
 """
 
 
-def fit(folder, name, workers, sig, batches=(11,), accumulate=1):
+def fit(folder, name, workers, sig, batches=(11,), accumulate=1, options=()):
     # The flag counts how often the run broke: one configuration for the broken and the resumed run.
-    options = {"flag": str(folder / f"broke_{name}"), "sig": int(sig), "batches": list(batches)}
-    callback = {"class_path": "breaking.Break", "init_args": options}
+    breaking = {"flag": str(folder / f"broke_{name}"), "sig": int(sig), "batches": list(batches)}
+    callback = {"class_path": "breaking.Break", "init_args": breaking}
     command = [sys.executable, "-m", "experiments", "fit", "--config", "experiments/classifier/digits.yaml"]
     command += ["--experiment", "tests/broken", "--name", name, "--save_every_n_steps", "3" if accumulate == 1 else "2"]
     command += ["--trainer.max_epochs", "3", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
@@ -44,7 +44,7 @@ def fit(folder, name, workers, sig, batches=(11,), accumulate=1):
     command += ["--data.init_args.augmentation", "{crop_padding: 1, flip: true}"]
     command += ["--model.init_args.backbone", "dropout_net.DropoutNet"]
     command += ["--trainer.logger", "callbacks.loggers.MetricsCSV"]
-    command += ["--trainer.accumulate_grad_batches", str(accumulate)]
+    command += ["--trainer.accumulate_grad_batches", str(accumulate), *options]
     env = os.environ | {"OOD_CHECKPOINTS": str(folder), "PYTHONPATH": os.pathsep.join([str(ROOT), str(folder)])}
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240, check=False)
 
@@ -109,6 +109,31 @@ def test_two_kills_while_gradients_accumulate(folder):
     for expected in (-signal.SIGKILL, -signal.SIGKILL, 0):
         assert fit(folder, "killed", **options).returncode == expected
     same_state(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["plateau", "onecycle"])
+def test_schedules_continue_after_a_kill(folder, schedule):
+    scheduler = {
+        "plateau": {
+            "class_path": "pytorch_lightning.cli.ReduceLROnPlateau",
+            "init_args": {"monitor": "val/accuracy", "mode": "max", "patience": 0, "threshold": 1.0},
+        },
+        "onecycle": {
+            "class_path": "torch.optim.lr_scheduler.OneCycleLR",
+            "init_args": {"max_lr": 0.01, "total_steps": 24},
+        },
+    }[schedule]
+    interval = "epoch" if schedule == "plateau" else "step"
+    options = ["--model.init_args.lr_scheduler", json.dumps(scheduler), "--model.init_args.lr_interval", interval]
+    (folder / "broke_whole").write_text("2")
+    broken = {"workers": 0, "sig": signal.SIGKILL, "batches": (9, 20), "options": options}
+    assert fit(folder, "whole", **broken).returncode == 0
+    for expected in (-signal.SIGKILL, -signal.SIGKILL, 0):
+        assert fit(folder, "killed", **broken).returncode == expected
+    same_state(folder)
+    whole, killed = last(folder, "whole")["lr_schedulers"], last(folder, "killed")["lr_schedulers"]
+    assert whole == killed
 
 
 def same_state(folder):
