@@ -4,6 +4,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from pytorch_lightning import Trainer
@@ -57,8 +58,8 @@ def labels_of(images: Tensor) -> Tensor:
 class Patterns(OODDataModule):
     """The images as a data module."""
 
-    def __init__(self, images: dict[str, Tensor]) -> None:
-        super().__init__(batch_size=BATCH, mean=[MEAN], std=[STD])
+    def __init__(self, images: dict[str, Tensor], **options: Any) -> None:
+        super().__init__(**{"batch_size": BATCH, "mean": [MEAN], "std": [STD]} | options)
         self.images = images
 
     def load(self) -> Sets:

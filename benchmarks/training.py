@@ -66,8 +66,7 @@ class Augmented(Patterns):
     """The training images with the usual crop and mirror image, none held out."""
 
     def __init__(self, images: dict[str, Tensor]) -> None:
-        super().__init__(images)
-        self.augmentation = Augmentation(crop_padding=4, flip=True)
+        super().__init__(images, batch_size=BATCH, augmentation=Augmentation(crop_padding=4, flip=True))
 
     def val_dataloader(self) -> Any:
         return self._in_order("id")

@@ -1,5 +1,6 @@
 """The contract that every method keeps."""
 
+import logging
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Literal
 
@@ -14,6 +15,8 @@ from torchmetrics.classification import MulticlassAccuracy
 from backbones.autoencoders import Autoencoder
 from backbones.backbone import Backbone
 from lightning_modules.evidence import Evidence
+
+log = logging.getLogger(__name__)
 
 Images = Tensor
 Labels = Tensor
@@ -104,6 +107,16 @@ class OODModule(LightningModule, ABC):
         if isinstance(scheduler, MonitoredPlateau):
             config["monitor"] = scheduler.monitor
         return {"optimizer": optimizer, "lr_scheduler": config}
+
+    def on_train_start(self) -> None:
+        """Warn of a schedule that is made for another number of epochs or steps than the run has."""
+        for config in self.trainer.lr_scheduler_configs:
+            made_for = getattr(config.scheduler, "total_steps", getattr(config.scheduler, "T_max", None))
+            by_step = config.interval == "step"
+            length = self.trainer.estimated_stepping_batches if by_step else self.trainer.max_epochs
+            if made_for not in (None, length):
+                kind, unit = type(config.scheduler).__name__, "steps" if by_step else "epochs"
+                log.warning("%s is made for %s %s, and the run has %s", kind, made_for, unit, length)
 
     def on_train_epoch_end(self) -> None:
         """Step a schedule that waits for a plateau; Lightning would do so behind the back of the checkpoint."""

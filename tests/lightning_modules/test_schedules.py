@@ -74,3 +74,12 @@ def test_rates_are_those_of_the_schedule_and_of_a_resumed_run(tmp_path, name):
 def test_a_plateau_of_nothing_is_an_error(tmp_path):
     with pytest.raises(ValueError, match=r"plateau of val/accuracy, which was not logged .* held out \(val_split\)"):
         fit(tmp_path, "plateau", 1, val_split=0)
+
+
+@pytest.mark.parametrize(("name", "made_for", "has"), [("cosine", "6 epochs", 2), ("onecycle", "30 steps", 10)])
+def test_a_schedule_for_a_longer_run_is_named(tmp_path, caplog, name, made_for, has):
+    fit(tmp_path, name, 2)
+    assert f"is made for {made_for}, and the run has {has}" in caplog.text
+    caplog.clear()
+    fit(tmp_path, name, EPOCHS)
+    assert "is made for" not in caplog.text
