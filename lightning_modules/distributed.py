@@ -10,6 +10,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def rank() -> int:
+    """Return the number of this process in its group, 0 without one."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
 def sum_over_processes(tensor: Tensor) -> Tensor:
     """Add up a tensor of the same shape on every process."""
     if world_size() > 1:

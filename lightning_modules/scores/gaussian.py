@@ -80,6 +80,14 @@ def cholesky(covariance: Tensor) -> Tensor:
     )
 
 
+def turn(directions: Tensor) -> Tensor:
+    """Give each row of (R, D) the sign with which its entry of largest magnitude is positive.
+
+    Singular and eigenvectors are then the same wherever they are computed, as far as their values differ.
+    """
+    return directions * directions.gather(1, directions.abs().argmax(1, keepdim=True)).sign()
+
+
 def squared_distances(points: Tensor, centroids: Tensor, absent: Tensor) -> Tensor:
     """Squared Euclidean distances of (B, D) points to (K, D) centroids: (B, K), infinite for the absent (K,) ones.
 
@@ -89,9 +97,19 @@ def squared_distances(points: Tensor, centroids: Tensor, absent: Tensor) -> Tens
     """
     norms = centroids.square().sum(1).masked_fill(absent, math.inf)
     expanded = torch.addmm(norms, points, centroids.T, alpha=-2)
-    nearest = expanded.argmin(1, keepdim=True)
+    least, nearest = expanded.min(1, keepdim=True)
     exact = (points - centroids[nearest.squeeze(1)]).square().sum(1, keepdim=True)
-    return expanded - expanded.gather(1, nearest) + exact
+    return expanded - least + exact
+
+
+def log_sum_exp(terms: Tensor) -> Tensor:
+    """Logsumexp over the rows of (B, K) terms, of which each row has a finite one: (B,).
+
+    Terms by more than 80 below the largest count as if they were 80 below it: exp(-80) = 2e-35 changes no digit of a
+    float64, while exp spends its time on arguments that underflow.
+    """
+    largest = terms.amax(1)
+    return largest + (terms - largest[:, None]).clamp_min(-80).exp().sum(1).log()
 
 
 class ClassGaussians(Score):
@@ -99,8 +117,8 @@ class ClassGaussians(Score):
 
     Attributes:
         centre: (D,) mean of all features, rounded to the module's type.
-        whitening: (D, D) lower triangular L^-1 with Sigma = L L^T.
-        centroids: (K, D) whitened class means L^-1 (mu_c - centre), zero for a class without samples.
+        whitening: (D, D) lower triangular L^-1 with Sigma = L L^T; a subclass may keep other rows, (R, D).
+        centroids: (K, R) whitened class means L^-1 (mu_c - centre), zero for a class without samples.
         log_prior: (K,) log share of each class in the training data, -inf for a class without samples.
     """
 
@@ -139,19 +157,26 @@ class ClassGaussians(Score):
             raise RuntimeError(f"{type(self).__name__} has seen only empty batches of training data")
         factor = cholesky(scatter / total)
         identity = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
-        # Contiguous as it will be after a reload, for the sake of equal bits.
-        self.whitening = torch.linalg.solve_triangular(factor, identity, upper=False).to(self.whitening).contiguous()
-        self.centre = (counts @ means / total).to(self.centre)
-        # From the rounded centre and whitening, so that their rounding moves points and centroids alike.
-        offsets = (means - self.centre.double()) * (counts > 0)[:, None]
-        self.centroids = (offsets @ self.whitening.double().T).to(self.centroids)
-        self.log_prior = (counts / total).log().to(self.log_prior)
+        self._store(torch.linalg.solve_triangular(factor, identity, upper=False), means, counts / total)
         self._statistics = None
+
+    def _store(self, whitening: Tensor, means: Tensor, shares: Tensor) -> None:
+        """Round float64 parameters to the module's type: (R, D), (K, D), (K,)."""
+        # Contiguous as it will be after a reload, for the sake of equal bits.
+        self.whitening = whitening.to(self.whitening).contiguous()
+        self.centre = (shares @ means).to(self.centre)
+        # From the rounded centre and whitening, so that their rounding moves points and centroids alike.
+        offsets = (means - self.centre.double()) * (shares > 0)[:, None]
+        self.centroids = (offsets @ self.whitening.double().T).to(self.centroids)
+        self.log_prior = shares.log().to(self.log_prior)
+
+    def whiten(self, features: Tensor) -> Tensor:
+        """Map (B, D) embedded features to (B, R), where Sigma is the identity."""
+        return (features - self.centre) @ self.whitening.T
 
     def distances(self, features: Tensor) -> Tensor:
         """Squared Mahalanobis distances of (B, D) embedded features to the class means: (B, K)."""
-        points = (features - self.centre) @ self.whitening.T
-        return squared_distances(points, self.centroids, self.log_prior.isneginf())
+        return squared_distances(self.whiten(features), self.centroids, self.log_prior.isneginf())
 
 
 class Mahalanobis(ClassGaussians):
@@ -190,7 +215,7 @@ class GMMEnergy(ClassGaussians):
 
     def energy(self, features: Tensor) -> Tensor:
         """Energy (B,) of (B, D) embedded features; differentiable."""
-        mixture = (self.log_prior - self.distances(features) / 2).logsumexp(1)
+        mixture = log_sum_exp(self.log_prior - self.distances(features) / 2)
         log_scale = len(self.centre) / 2 * math.log(2 * math.pi) - self.whitening.diagonal().log().sum()
         return log_scale - mixture
 

@@ -1,5 +1,6 @@
 """Scores that read the class logits alone."""
 
+import torch
 from torch import Tensor
 
 from lightning_modules.evidence import Evidence
@@ -9,6 +10,19 @@ from lightning_modules.scores.score import Score, widen
 def energy(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """Free energy -T logsumexp_c(logits_c / T) of (B, K) logits: (B,), higher = more OOD."""
     return -temperature * (widen(logits) / temperature).logsumexp(1)
+
+
+def generalized_entropy(logits: Tensor, gamma: float, top: int) -> Tensor:
+    """Sum of (p_j (1 - p_j))^gamma over the ``top`` largest softmax probabilities of (B, K) logits: (B,).
+
+    >>> generalized_entropy(torch.zeros(1, 4), gamma=0.5, top=2)  # 2 sqrt(1/4 * 3/4)
+    tensor([0.8660])
+    """
+    log_p = widen(logits).log_softmax(1).sort(1, descending=True).values
+    others = log_p[:, 1:]
+    # 1 - p is added up from the others where p may be next to 1: a small gamma would magnify what cancels.
+    log_rest = torch.cat([others.logsumexp(1, keepdim=True), (-others.exp()).log1p()], 1)
+    return (gamma * (log_p + log_rest))[:, :top].exp().sum(1)
 
 
 class MSP(Score):
@@ -52,3 +66,27 @@ class Energy(Score):
     def forward(self, evidence: Evidence) -> Tensor:
         """Score (B,) images."""
         return energy(evidence.logits, self.temperature)
+
+
+class GEN(Score):
+    """Generalised entropy, the sum of p_j^gamma (1 - p_j)^gamma over the M largest p = softmax(logits).
+
+    Higher = more OOD. Liu, Lochman and Zach, "GEN: Pushing the Limits of Softmax-Based Out-of-Distribution Detection",
+    CVPR 2023.
+
+    Args:
+        gamma: exponent > 0, in the paper below 1; the smaller, the more weight on small probabilities.
+        top: M; all classes count where there are fewer.
+    """
+
+    def __init__(self, gamma: float = 0.1, top: int = 100) -> None:
+        super().__init__()
+        if gamma <= 0:
+            raise ValueError(f"gamma of GEN must be positive, not {gamma}")
+        if top < 1:
+            raise ValueError(f"GEN adds up the largest probabilities, at least 1 of them, not {top}")
+        self.gamma, self.top = gamma, top
+
+    def forward(self, evidence: Evidence) -> Tensor:
+        """Score (B,) images."""
+        return generalized_entropy(evidence.logits, self.gamma, self.top)

@@ -2,13 +2,12 @@
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from backbones.backbone import Backbone
 from lightning_modules.distributed import sum_over_processes
 from lightning_modules.evidence import Evidence
+from lightning_modules.scores.head import HeadScore
 from lightning_modules.scores.logits import energy
-from lightning_modules.scores.score import Score, read_tap, widen
+from lightning_modules.scores.score import read_tap
 
 BINS = 2**20
 SHIFT = 12  # bits of a float32 below the bin: 11 of the mantissa's 23 remain
@@ -42,48 +41,35 @@ def histogram_quantile(counts: Tensor, quantile: float) -> Tensor:
     return torch.lerp(below, above, position % 1)
 
 
-class ReAct(Score):
+class ReAct(HeadScore):
     """Energy of rectified activations, -logsumexp_c(W min(z, t) + b)_c; higher = more OOD.
 
     W and b are the network's head, z its penultimate features, t the ``quantile`` of all entries of the ID training
-    features, exact to a relative 2^-11. Sun, Guo and Li, "ReAct: Out-of-distribution Detection With Rectified
-    Activations", NeurIPS 2021.
+    features, exact to a relative 2^-11, or a number given. Sun, Guo and Li, "ReAct: Out-of-distribution Detection With
+    Rectified Activations", NeurIPS 2021.
 
     Args:
-        quantile: share of the ID activations that stay as they are, in (0, 1].
+        quantile: share of the ID activations that stay as they are, in (0, 1]; None with a fixed threshold.
+        threshold: t itself, which needs no training data; None = take the quantile.
 
     Attributes:
         threshold: t.
-        weight: W, (K, D).
-        bias: b, (K,).
     """
 
-    passes = 1
-    taps = frozenset({"penultimate"})
     threshold: Tensor
-    weight: Tensor
-    bias: Tensor
 
-    def __init__(self, quantile: float = 0.95) -> None:
+    def __init__(self, quantile: float | None = 0.95, threshold: float | None = None) -> None:
         super().__init__()
-        if not 0 < quantile <= 1:
+        if (quantile is None) == (threshold is None):
+            raise ValueError(
+                f"ReAct clips at a quantile or at a fixed threshold (then quantile: null), "
+                f"but quantile is {quantile} and threshold is {threshold}"
+            )
+        if quantile is not None and not 0 < quantile <= 1:
             raise ValueError(f"the quantile must lie in (0, 1], not be {quantile}")
-        self.quantile = quantile
+        self.quantile, self.passes = quantile, int(threshold is None)
         self._counts: Tensor | None = None
-        for name in ("threshold", "weight", "bias"):
-            self.register_buffer(name, torch.empty(0))
-
-    def bind(self, backbone: Backbone | None) -> None:
-        """Copy the head.
-
-        Raises:
-            ValueError: there is no classifier.
-        """
-        if backbone is None:
-            raise ValueError("ReAct recomputes the logits: it needs a method with a classifier, this one has none")
-        weight, bias = backbone.head.weight.detach(), backbone.head.bias
-        self.weight = widen(weight).clone()
-        self.bias = widen(weight.new_zeros(len(weight)) if bias is None else bias.detach()).clone()
+        self.register_buffer("threshold", torch.empty(0) if threshold is None else torch.tensor(float(threshold)))
 
     def update(self, evidence: Evidence, labels: Tensor) -> None:
         """Count a batch's activations."""
@@ -91,6 +77,8 @@ class ReAct(Score):
         self._counts = counts if self._counts is None else self._counts.add_(counts)
 
     def _finalize(self) -> None:
+        if self.quantile is None:
+            raise RuntimeError("ReAct with a fixed threshold has nothing to fit")
         if self._counts is None:
             raise RuntimeError("ReAct has seen no training data: call update before finalize")
         counts = sum_over_processes(self._counts)
@@ -101,5 +89,4 @@ class ReAct(Score):
 
     def forward(self, evidence: Evidence) -> Tensor:
         """Score (B,) images."""
-        features = read_tap(evidence, "penultimate").to(self.weight.dtype)
-        return energy(F.linear(features.minimum(self.threshold), self.weight, self.bias))
+        return energy(self.logits(self.features(evidence).minimum(self.threshold)))

@@ -34,7 +34,7 @@ class Score(nn.Module, ABC):
     needs no training data. Buffers of data-dependent size are registered empty and take the stored size on load.
 
     Attributes:
-        passes: how often it must see the ID training data: 0, 1, or 2 where it needs its own first-pass statistics.
+        passes: how often it must see the ID training data: 0, 1, or more where it needs its own first-pass statistics.
         taps: the features it reads, by name; the evaluation asks the network for them.
     """
 

@@ -7,7 +7,7 @@ from sklearn.covariance import EmpiricalCovariance
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
 from lightning_modules.evidence import Evidence
-from lightning_modules.scores.gaussian import ClassStatistics, GMMEnergy, Mahalanobis
+from lightning_modules.scores.gaussian import ClassStatistics, GMMEnergy, Mahalanobis, log_sum_exp
 
 
 def evidence(features, num_classes=3):
@@ -96,6 +96,28 @@ def test_condition_number_1e8(scale, offset):
     torch.testing.assert_close(double, expected, rtol=1e-8, atol=0)
     single = fit(Mahalanobis(), features.float(), labels)(evidence(queries.float()))
     torch.testing.assert_close(single.double(), expected, rtol=1e-3, atol=0)
+
+
+def test_gmm_energy_at_condition_number_1e8():
+    features, labels = draw(3000, 48, condition=1e8, offset=100.0)
+    features, labels, queries = features[:-300], labels[:-300], features[-300:]
+    shares, means, covariance, precision = reference_parameters(features, labels)
+    offsets = queries[:, None] - means
+    exponents = shares.log() - torch.einsum("bkd,de,bke->bk", offsets, precision, offsets) / 2
+    log_scale = (48 * math.log(2 * math.pi) + torch.linalg.eigvalsh(covariance).log().sum()) / 2
+    expected = log_scale - exponents.logsumexp(1)
+    double = fit(GMMEnergy(normalize=False), features, labels)(evidence(queries))
+    torch.testing.assert_close(double, expected, rtol=1e-8, atol=0)
+    single = fit(GMMEnergy(normalize=False), features.float(), labels)(evidence(queries.float()))
+    torch.testing.assert_close(single.double(), expected, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_log_sum_exp_equals_torch(dtype):
+    terms = torch.linspace(0, 300, 60, dtype=dtype).view(6, 10)
+    terms = torch.cat([terms, terms[:, :1] + torch.tensor([[1e-3, -1e3, -math.inf]]), terms.flip(0)], 1).double()
+    torch.testing.assert_close(log_sum_exp(terms.to(dtype)).double(), terms.logsumexp(1), rtol=5e-7, atol=0)
+    torch.testing.assert_close(log_sum_exp(terms), terms.logsumexp(1), rtol=1e-15, atol=0)
 
 
 def test_weights_are_class_shares():

@@ -60,6 +60,24 @@ def test_score_equals_energy_of_clipped_features(bias):
     assert torch.equal(score(Evidence(torch.zeros(20, 5), {"penultimate": queries}, {}, None)), actual)
 
 
+def test_fixed_threshold_needs_no_training_data():
+    network, score = Stub().requires_grad_(False), ReAct(quantile=None, threshold=1.0)
+    score.bind(network)
+    queries = 2 * torch.randn(20, 40, generator=torch.Generator().manual_seed(0)).relu()
+    logits = np.minimum(queries.numpy(), 1) @ network.head.weight.numpy().T + network.head.bias.numpy()
+    evidence = Evidence(torch.zeros(20, 5), {"penultimate": queries}, {}, None)
+    assert score.fitted
+    np.testing.assert_allclose(score(evidence).numpy(), -np.log(np.exp(logits).sum(1)), rtol=1e-5)
+    with pytest.raises(RuntimeError, match="nothing to fit"):
+        score.finalize()
+
+
+@pytest.mark.parametrize(("quantile", "threshold"), [(None, None), (0.9, 1.0)])
+def test_either_quantile_or_threshold(quantile, threshold):
+    with pytest.raises(ValueError, match=rf"but quantile is {quantile} and threshold is {threshold}"):
+        ReAct(quantile, threshold)
+
+
 def test_needs_a_classifier():
     with pytest.raises(ValueError, match="needs a method with a classifier"):
         ReAct().bind(None)
