@@ -9,11 +9,12 @@ SETTINGS := $(filter-out _%,$(patsubst experiments/%.yaml,%,$(wildcard experimen
 TARGETS := $(subst /,-,$(SETTINGS))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo features data-check test test-slow lint format bench completion clean $(TARGETS)
+.PHONY: help demo evaluate features data-check test test-slow lint format bench completion clean $(TARGETS)
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-28s %s\n", $$1, $$2}' Makefile
 	@printf '  make %-28s %s\n' 'data-<name>' 'download a set of images, as data-check names it'
+	@printf '  make %-28s %s\n' 'stages-<experiment>' 'test all kept checkpoints of a run, draw each metric over training'
 	@printf '\nExperiments: fit, then test of the checkpoint that the method selects (SEEDS="0 1 2", ARGS="...")\n'
 	@for target in $(TARGETS); do printf '  make %s\n' $$target; done
 
@@ -25,6 +26,14 @@ $(TARGETS): .venv/installed
 		$(RUN) run --config experiments/$(subst -,/,$@).yaml --seed_everything $$seed $(ARGS) || exit 1; \
 	done
 	@$(if $(word 2,$(SEEDS)),$(RUN) metrics $(foreach seed,$(SEEDS),$(or $(OOD_CHECKPOINTS),checkpoints)/$(subst -,/,$@)/seed$(seed)))
+
+stages-%: .venv/installed
+	@for seed in $(SEEDS); do \
+		$(RUN) stages $(or $(OOD_CHECKPOINTS),checkpoints)/$(subst -,/,$*)/seed$$seed $(ARGS) || exit 1; \
+	done
+
+evaluate: .venv/installed ## score any network on any data with any scores, without a run: ARGS="--config ..."
+	@$(RUN) evaluate $(ARGS)
 
 features: .venv/installed ## extract the features that an experiment caches, without training: ARGS="--config ..."
 	@$(RUN) features $(ARGS)

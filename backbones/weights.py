@@ -51,8 +51,7 @@ def load_weights(module: nn.Module, source: str) -> None:
             the network: then every missing, unexpected and mis-shaped name is listed.
     """
     path = locate(source)
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = file_sha256(path)
     if published.is_published(source):
         published.check_digest(path, digest)
     own = module.state_dict()
@@ -174,6 +173,12 @@ def compare(state: dict[str, Tensor], own: dict[str, Tensor]) -> list[str]:
         if name in state and state[name].shape != value.shape
     ]
     return missing + unexpected + misshaped
+
+
+def file_sha256(path: str | Path) -> str:
+    """Hash the bytes of a file."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def weights_sha256(module: nn.Module) -> str:

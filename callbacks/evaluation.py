@@ -17,8 +17,9 @@ from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 
-from backbones.weights import weights_sha256
+from backbones.weights import file_sha256, origins, weights_sha256
 from callbacks.figures import histogram_figure, roc_figure
+from callbacks.fitted_scores import fitting_key, keep_fitted, read_fitted
 from callbacks.metrics import metric_rules
 from callbacks.provenance import git_revision, hardware, package_versions
 from callbacks.results import HEADLINE, summarize, write_results
@@ -50,11 +51,13 @@ class OODEvaluation(Callback):
     prediction and scores are kept. Ranks are gathered by image id, so any number of processes gives the result of one.
 
     Args:
-        scores: name -> score; the method's own scores join under the names that it gives them.
+        scores: name -> score; the method's own scores join under the names that it gives them. What fitting learns is
+            kept in the run folder: a second evaluation of the same weights on the same ID images fits nothing again.
         rules: preset for FPR95 and AUPR: default, heat, unleashing_mask, heatmap, variational_metric, openood.
         bootstrap: replicates behind the confidence bounds; 0 = no bounds.
         figures: whether to draw ROC curves and score histograms.
         folder: the run folder; None = write no files. Given by the command line.
+        subfolder: where in the run folder the files go. Given by the command line.
     """
 
     def __init__(
@@ -64,13 +67,17 @@ class OODEvaluation(Callback):
         bootstrap: int = 1000,
         figures: bool = True,
         folder: str | None = None,
+        subfolder: str = "",
     ) -> None:
         for name in scores:
             if not re.fullmatch(r"[\w.+-]+", name):  # it becomes the name of a figure and a part of log keys
                 raise ValueError(f"a score is called by letters, digits, _ . + and -, not {name!r}")
         self.scores, self.bootstrap, self.figures = scores, bootstrap, figures
         self.rules_name, self.rules = rules, metric_rules(rules)
-        self.folder = None if folder is None else Path(folder)
+        self.run_folder = None if folder is None else Path(folder)
+        self.folder = None if folder is None else Path(folder, subfolder)
+        self.keys: dict[str, str] = {}  # score -> what it is fitted on, where that can be kept
+        self.restored: list[str] = []
         self.configuration: dict[str, Any] = {}  # what the command line was asked for; goes into the record
         self.results: dict[str, Any] = {}
         self.samples: Samples | None = None
@@ -88,12 +95,41 @@ class OODEvaluation(Callback):
             return
         for score in self.scores.values():
             module.taps |= score.taps
+        self._restore(trainer, module, data)
         data.fit_passes = max((score.passes_left for score in self.scores.values()), default=0)
         if self._uncalibrated() and "calibration" not in data.sets:
             raise ValueError(
                 f"{', '.join(self._uncalibrated())}: to be calibrated on ID training images that are held out, but "
                 "none are: set val_split of the data"
             )
+
+    def _restore(self, trainer: Trainer, module: OODModule, data: OODDataModule) -> None:
+        """Load the scores that an earlier evaluation has fitted on the same."""
+        settings = self.configuration.get("evaluation", {}).get("scores") or {}
+        if self.folder is None or settings.keys() != self.scores.keys():
+            return
+        whole = trainer.limit_test_batches == 1.0
+        common = {
+            "weights": file_sha256(trainer.ckpt_path) if trainer.ckpt_path else weights_sha256(module),
+            "model": self.configuration["model"],
+            "images": [data.fingerprints.get(name) for name in ("fit", "calibration")],
+            "normalization": [data.mean, data.std],
+            "precision": trainer.precision,
+            "limit": None if whole else [trainer.limit_test_batches, data.eval_batch_size],
+        }
+        for name, score in self.scores.items():
+            if score.fitted:  # there is nothing to fit
+                continue
+            self.keys[name] = fitting_key(score, common, settings[name])
+            state = read_fitted(self._fitted_file(name), self.keys[name])
+            if trainer.strategy.reduce_boolean_decision(state is not None) and state is not None:
+                score.to(torch.float64 if trainer.precision == "64-true" else None)
+                score.load_state_dict(state)
+                self.restored.append(name)
+
+    def _fitted_file(self, name: str) -> Path:
+        assert self.folder is not None
+        return self.folder / "fitted" / f"{name}.pt"
 
     def _check_without_classes(self, module: OODModule) -> None:
         for name, score in self.scores.items():
@@ -179,6 +215,7 @@ class OODEvaluation(Callback):
             "truncated": sum(trainer.num_test_batches) < sum(map(len, _loaders(trainer).values())),
             "forwards": {"images": images, **extra},
             "seconds": round(time.perf_counter() - self._started, 3),
+            "restored": self.restored,
             **summarize(samples, data.groups, self.rules, data.num_classes, self.bootstrap),
             "configuration": self.configuration,
         }
@@ -187,6 +224,8 @@ class OODEvaluation(Callback):
             self.folder.mkdir(parents=True, exist_ok=True)
             samples.save(self.folder / "scores.npz")
             write_results(self.folder, self.results)
+            for name in self.keys.keys() - set(self.restored):
+                keep_fitted(self._fitted_file(name), self.scores[name], self.keys[name])
             rank_zero_info(f"results: {self.folder / 'results.json'}")
         self._log(trainer, self._draw(samples, data, module))
 
@@ -253,9 +292,9 @@ class OODEvaluation(Callback):
                 "feed": data.outlier_feed,
                 "size": data.sizes["outliers"],
                 "fingerprint": data.fingerprints["outliers"],
-                "duplicates": None if self.folder is None else read_run(self.folder).get("duplicates"),
+                "duplicates": None if self.run_folder is None else read_run(self.run_folder).get("duplicates"),
             }
-        names = self.folder.parts[-3:] if self.folder is not None else ("", "", "")
+        names = self.run_folder.parts[-3:] if self.run_folder is not None else ("", "", "")
         return {
             "experiment": "/".join(names[:2]),
             "name": names[2],
@@ -272,6 +311,7 @@ class OODEvaluation(Callback):
             "packages": package_versions(),
             "hardware": hardware(module.device),
             "processes": trainer.world_size,
+            "weights": origins(module),
             "weights_sha256": weights_sha256(module),
             "splits": {
                 name: {"size": data.sizes[name], "fingerprint": fingerprint}

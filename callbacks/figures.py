@@ -1,6 +1,7 @@
-"""Figures of one evaluation: ROC curves and score histograms, one panel for each OOD set."""
+"""Figures of evaluations, one panel for each OOD set: ROC curves, score histograms, metrics over training."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -49,6 +50,29 @@ def histogram_figure(samples: Samples, name: str) -> Figure:
             )
         panel.set(title=ood_set, xlabel=f"{name} (higher = more OOD)", yticks=[])
         panel.legend(fontsize=7)
+    return figure
+
+
+def stages_figure(results: Sequence[Mapping[str, Any]], metric: str) -> Figure:
+    """Draw a metric over the epochs of one run's evaluated checkpoints, one curve for each score, and the ID accuracy.
+
+    Args:
+        results: of ``OODEvaluation``, in the order of their epochs, all with the same scores and OOD sets.
+        metric: key of a row.
+    """
+    epochs = [stage["epoch"] for stage in results]
+    rows = [{(row["ood_set"], row["score"]): row for row in stage["rows"]} for stage in results]
+    groups = {row["ood_set"]: row["group"] for row in results[0]["rows"]}
+    figure, (first, *panels) = _panels(1 + len(groups))
+    if results[0]["id_accuracy"] is not None:
+        first.plot(epochs, [stage["id_accuracy"] for stage in results], color="black", marker=".")
+    first.set(title="ID accuracy", xlabel="epoch")
+    for panel, (ood_set, group) in zip(panels, groups.items(), strict=True):
+        for score in dict.fromkeys(row["score"] for row in results[0]["rows"]):
+            values = [stage[ood_set, score][metric] for stage in rows]
+            panel.plot(epochs, values, label=score, linewidth=1.2, marker=".")
+        panel.set(title=f"{ood_set} ({group})", xlabel="epoch", ylabel=metric)
+    panels[-1].legend(fontsize=7)
     return figure
 
 

@@ -1,5 +1,6 @@
 """``python -m experiments fit|validate|test``: LightningCLI with run folders, exact resume and short errors."""
 
+import math
 import os
 import re
 import sys
@@ -147,7 +148,7 @@ class OODCLI(LightningCLI):
         """Add the callbacks that no experiment goes without."""
         settings = self.settings
         own = [Compatibility(), RunRecord(self.folder, self.record), SeedSteps(settings.seed_everything)]
-        self._get(self.config_init, "evaluation").configuration = yaml.safe_load(self.record)
+        self._get(self.config_init, "evaluation").configuration = self.configuration
         self.trainer_defaults["callbacks"] = [*own, *self._checkpoints()]
         return super().instantiate_trainer(**kwargs)
 
@@ -168,7 +169,7 @@ class OODCLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         """Choose the checkpoint: the one to continue from, or the one that the method selects."""
         chosen = self.config_init[self.subcommand]
-        results = self.folder / "results.json"
+        results = self.folder / self.settings.evaluation.subfolder / "results.json"
         if self.subcommand == "test" and results.is_file() and not self.settings.overwrite:
             raise FileExistsError(f"{results} is there already: replace it with --overwrite true")
         if chosen.ckpt_path is None:
@@ -208,6 +209,11 @@ class OODCLI(LightningCLI):
         if results and self.show_results:
             print_results([results])
 
+    @property
+    def configuration(self) -> Any:
+        """The record as results.json holds it."""
+        return _without_infinity(yaml.safe_load(self.record))
+
     def config_yaml(self) -> str:
         """The resolved configuration, ready to be given to ``--config`` again."""
         parser = self._parser(self.subcommand)
@@ -221,6 +227,15 @@ def _experiment_of(configs: list[Any] | None) -> str:
         raise ValueError("which experiment? Give --config experiments/<method>/<setting>.yaml or --experiment a/b")
     path = Path(os.fspath(configs[-1])).absolute()  # a link counts where it stands
     return f"{path.parent.name}/{path.stem}"
+
+
+def _without_infinity(config: Any) -> Any:
+    """Spell infinite numbers, which JSON does not know, as YAML does."""
+    if isinstance(config, dict):
+        return {key: _without_infinity(value) for key, value in config.items()}
+    if isinstance(config, list):
+        return [_without_infinity(value) for value in config]
+    return yaml.safe_dump(config).split()[0] if isinstance(config, float) and not math.isfinite(config) else config
 
 
 def _has_weights(model: Any) -> bool:

@@ -19,6 +19,7 @@ from callbacks.samples import Samples
 from callbacks.tables import print_results
 from experiments.cli import EXPERIMENTS, OODCLI
 from experiments.data import data
+from experiments.stages import stages
 
 
 def run(args: Sequence[str]) -> None:
@@ -95,6 +96,15 @@ class Extraction(OODCLI):
         self.trainer.limit_train_batches = 0
 
 
+def evaluate(args: Sequence[str]) -> None:
+    """``evaluate [--config YAML] [options]``: test any network on any data with any scores, without a run behind it."""
+    given = ["--config", str(EXPERIMENTS / "_evaluate.yaml"), *args]
+    if not any(arg.partition("=")[0] == "--experiment" for arg in args):
+        configs = [args[i + 1] for i, arg in enumerate(args[:-1]) if arg == "--config"]
+        given += ["--experiment", f"evaluate/{Path(configs[-1]).stem if configs else 'network'}"]
+    OODCLI(["test", *given])
+
+
 def completion(args: Sequence[str]) -> None:
     """``completion [bash|zsh]``: print shell completion of the command ``ood``."""
     shell = args[0] if args else "bash"
@@ -139,6 +149,8 @@ VERBS: dict[str, Callable[[Sequence[str]], None]] = {
     "demo": demo,
     "metrics": metrics,
     "features": features,
+    "evaluate": evaluate,
+    "stages": stages,
     "data": data,
     "completion": completion,
 }

@@ -1,0 +1,173 @@
+"""``evaluate`` and ``stages``: networks without a run, runs at every stage, and scores that are fitted once."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from backbones.digits_net import DigitsNet
+from experiments.__main__ import main
+
+DIGITS = str(Path(__file__).resolve().parent.parent.parent / "experiments" / "classifier" / "digits.yaml")
+QUIET = ["--trainer.logger", "false", "--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu"]
+QUIET += ["--evaluation.figures", "false", "--evaluation.bootstrap", "0"]
+SCORES = {
+    "msp": "lightning_modules.scores.logits.MSP",
+    "gmm": {"class_path": "lightning_modules.scores.gaussian.GMMEnergy", "init_args": {"tap": "std"}},
+    "layered": {
+        "class_path": "lightning_modules.scores.layered_mahalanobis.LayeredMahalanobis",
+        "init_args": {"taps": ["layer1", "penultimate"], "magnitudes": [0.0, 0.01]},
+    },
+    "both": {
+        "class_path": "lightning_modules.scores.composition.Composition",
+        "init_args": {
+            "members": {
+                "msp": "lightning_modules.scores.logits.MSP",
+                "gmm": "lightning_modules.scores.gaussian.GMMEnergy",
+            },
+            "beta": float("-inf"),
+        },
+    },
+}
+
+
+@pytest.fixture
+def network(tmp_path, checkpoints):
+    """A YAML of a network with weights, of digits, and of scores, and no run."""
+    torch.manual_seed(0)
+    torch.save(DigitsNet(6).state_dict(), tmp_path / "net.pt")
+    backbone = {"class_path": "backbones.digits_net.DigitsNet"}
+    backbone["init_args"] = {"num_classes": 6, "weights": str(tmp_path / "net.pt")}
+    settings = {
+        "model": {"init_args": {"backbone": backbone}},
+        "data": {
+            "class_path": "datamodules.digits.Digits",
+            "init_args": {"batch_size": 64, "val_split": 0.2, "mean": [0.5], "std": [0.5]},
+        },
+        "evaluation": {"scores": SCORES},
+    }
+    (tmp_path / "network.yaml").write_text(yaml.safe_dump(settings))
+    return tmp_path / "network.yaml"
+
+
+def evaluate(network, *options):
+    return main(["evaluate", "--config", str(network), *QUIET, *options])
+
+
+def record(network):
+    folder = network.parent / "checkpoints" / "evaluate" / "network" / "seed0"
+    scores = np.load(folder / "scores.npz")
+    return json.loads((folder / "results.json").read_text()), {name: scores[name] for name in scores.files}
+
+
+def test_a_network_is_evaluated_without_a_run_and_fitted_once(network, capsys):
+    assert evaluate(network) == 0
+    first, scores = record(network)
+    assert first["experiment"] == "evaluate/network"
+    assert {row["score"] for row in first["rows"]} == set(SCORES)
+    assert first["restored"] == []
+    assert first["weights"]["backbone"]["file"] == "net.pt"
+    fit = first["splits"]["fit"]["size"]
+    scored = sum(split["size"] for name, split in first["splits"].items() if name not in ("fit", "train", "outliers"))
+    assert first["forwards"]["images"] == 2 * fit + scored  # a composition takes two passes
+
+    assert evaluate(network) == 2
+    assert "--overwrite true" in capsys.readouterr().err
+    assert evaluate(network, "--overwrite", "true") == 0
+    second, again = record(network)
+    assert set(second["restored"]) == {"gmm", "layered", "both"}
+    assert second["forwards"]["images"] == scored
+    assert second["rows"] == first["rows"]
+    assert all((again[name] == values).all() for name, values in scores.items())
+
+
+@pytest.mark.parametrize(
+    ("change", "restored"),
+    [
+        (["--evaluation.scores.gmm.init_args.tap", "max"], {"layered", "both"}),
+        (["--evaluation.scores.extra", "lightning_modules.scores.knn.KNN"], {"gmm", "layered", "both"}),
+        (["--data.init_args.fit_limit", "300"], set()),
+        (["--data.init_args.mean", "[0.4]"], set()),
+        (["--data.init_args.split_seed", "1"], set()),
+        (["--trainer.precision", "64-true"], set()),
+        (["--trainer.limit_test_batches", "2"], set()),
+        (["--data.init_args.eval_batch_size", "50"], {"gmm", "layered", "both"}),
+        (["weights"], set()),
+        (["damage"], {"layered", "both"}),
+    ],
+)
+def test_scores_are_fitted_again_where_something_changed(network, change, restored, caplog):
+    assert evaluate(network) == 0
+    if change == ["weights"]:
+        torch.manual_seed(1)
+        torch.save(DigitsNet(6).state_dict(), network.parent / "net.pt")
+    elif change == ["damage"]:
+        file = network.parent / "checkpoints" / "evaluate" / "network" / "seed0" / "fitted" / "gmm.pt"
+        file.write_bytes(file.read_bytes()[:-900])
+    assert evaluate(network, "--overwrite", "true", *(change if len(change) > 1 else [])) == 0
+    assert set(record(network)[0]["restored"]) == restored
+    assert ("is damaged" in caplog.text) == (change == ["damage"])
+
+
+def test_kept_scores_are_those_of_the_precision(network):
+    exact = ["--trainer.precision", "64-true", "--overwrite", "true"]
+    assert evaluate(network, *exact) == 0
+    first, scores = record(network)
+    assert evaluate(network, *exact) == 0
+    second, again = record(network)
+    assert (len(first["restored"]), len(second["restored"])) == (0, 3)
+    assert all((again[name] == values).all() for name, values in scores.items())
+
+
+@pytest.fixture
+def run(checkpoints):
+    keep = [
+        "--keep_every_n_epochs",
+        "2",
+        "--trainer.max_epochs",
+        "3",
+        "--evaluation.scores",
+        json.dumps({"msp": SCORES["msp"]}),
+    ]
+    assert main(["fit", "--config", DIGITS, *QUIET, *keep]) == 0
+    return checkpoints / "classifier" / "digits" / "seed0"
+
+
+def test_every_stage_of_a_run_is_tested_once(run, capsys):
+    epochs = {
+        torch.load(run / name, weights_only=True)["epoch"] for name in ("last.ckpt", "best.ckpt", "epochs/001.ckpt")
+    }
+    assert main(["stages", str(run)]) == 0
+    with (run / "stages" / "stages.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["epoch"]) for row in rows] == [epoch for epoch in sorted(epochs) for _ in range(3)]
+    for row in rows:
+        stage = json.loads((run / "stages" / f"{int(row['epoch']):03d}" / "results.json").read_text())
+        (expected,) = [found for found in stage["rows"] if found["ood_set"] == row["ood_set"]]
+        assert float(row["auroc"]) == expected["auroc"]
+        assert float(row["id_accuracy"]) == stage["id_accuracy"]
+        assert (stage["experiment"], stage["name"]) == ("classifier/digits", "seed0")
+    assert len({row["auroc"] for row in rows}) > 3
+    assert all((run / "stages" / f"{metric}.png").stat().st_size > 10_000 for metric in ("auroc", "fpr95", "aupr_in"))
+    assert not (run / "results.json").exists()
+
+    times = {path: path.stat().st_mtime_ns for path in run.glob("stages/*/results.json")}
+    assert main(["stages", str(run)]) == 0
+    assert {path: path.stat().st_mtime_ns for path in run.glob("stages/*/results.json")} == times
+    assert main(["stages", str(run), "--evaluation.rules", "openood"]) == 2
+    assert "--overwrite true" in capsys.readouterr().err
+    assert main(["stages", str(run), "--evaluation.rules", "openood", "--overwrite", "true"]) == 0
+    assert {path: path.stat().st_mtime_ns for path in times}.keys() == times.keys()
+
+
+def test_a_curve_needs_two_points(checkpoints, capsys):
+    assert main(["fit", "--config", DIGITS, *QUIET, "--trainer.max_epochs", "1"]) == 0
+    folder = checkpoints / "classifier" / "digits" / "seed0"
+    assert main(["stages", str(folder)]) == 2
+    assert "holds 1 checkpoint, and a curve needs two: train with --keep_every_n_epochs" in capsys.readouterr().err
+    assert main(["stages", str(folder.parent / "seed7")]) == 2
+    assert "holds no run" in capsys.readouterr().err
