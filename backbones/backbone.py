@@ -17,7 +17,8 @@ def pool(maps: Tensor) -> Tensor:
 class Backbone(nn.Module, ABC):
     """A network that yields class logits, and every feature a score may ask for, in one pass.
 
-    A subclass gives ``stem`` and ``head``, and may name its ``stages`` and give ``finish``; the rest is done here.
+    A subclass gives ``stem`` and a linear classifier ``fc``, and may name its ``stages`` and give ``finish``; the rest
+    is done here.
 
     Attributes:
         num_features: D, the width of the features that enter the head.
@@ -36,6 +37,7 @@ class Backbone(nn.Module, ABC):
     """
 
     stages: tuple[str, ...] = ()
+    fc: nn.Linear
     mean: Tensor | None
     std: Tensor | None
 
@@ -58,9 +60,9 @@ class Backbone(nn.Module, ABC):
             self.register_buffer(name, constants, persistent=False)
 
     @property
-    @abstractmethod
     def head(self) -> nn.Linear:
-        """The linear classifier on the penultimate features, weight (K, D)."""
+        """The linear classifier on the penultimate features, weight (K, D); a network may call it other than ``fc``."""
+        return self.fc
 
     @abstractmethod
     def stem(self, images: Tensor) -> Tensor:

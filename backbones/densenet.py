@@ -109,11 +109,6 @@ class DenseNet(Backbone):
         if weights is not None:
             load_weights(self, weights)
 
-    @property
-    def head(self) -> nn.Linear:
-        """The classifier ``fc``, weight (K, D)."""
-        return self.fc
-
     def stem(self, images: Tensor) -> Tensor:
         """Map (B, C, H, W) to (B, 2 * growth_rate, H, W), signed."""
         return self.conv1(images)

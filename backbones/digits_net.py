@@ -44,11 +44,6 @@ class DigitsNet(Backbone):
         if weights is not None:
             load_weights(self, weights)
 
-    @property
-    def head(self) -> nn.Linear:
-        """The classifier ``fc``, weight (K, 64)."""
-        return self.fc
-
     def stem(self, images: Tensor) -> Tensor:
         """Map (B, C, H, W) to (B, 16, H, W)."""
         return self.conv1(images)

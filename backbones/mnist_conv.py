@@ -53,11 +53,6 @@ class MNISTConv(Backbone):
         if weights is not None:
             load_weights(self, weights)
 
-    @property
-    def head(self) -> nn.Linear:
-        """The classifier ``fc``, weight (K, 500)."""
-        return self.fc
-
     def stem(self, images: Tensor) -> Tensor:
         """Map (B, C, H, W) to (B, 100, H, W)."""
         return self.conv1(images)

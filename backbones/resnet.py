@@ -62,11 +62,6 @@ class ResNet(Backbone):
         if weights is not None:
             load_weights(self, weights)
 
-    @property
-    def head(self) -> nn.Linear:
-        """The classifier ``fc``, weight (K, D)."""
-        return self.fc
-
     def stem(self, images: Tensor) -> Tensor:
         """Map (B, C, H, W) to (B, 64, h, w), which ``stem`` leaves at full, half or a quarter of the resolution."""
         return self.maxpool(F.relu(self.bn1(self.conv1(images))))

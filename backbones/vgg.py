@@ -63,11 +63,6 @@ class VGG(Backbone):
         if weights is not None:
             load_weights(self, weights)
 
-    @property
-    def head(self) -> nn.Linear:
-        """The classifier ``fc``, weight (K, 1024)."""
-        return self.fc
-
     def stem(self, images: Tensor) -> Tensor:
         """Map (B, C, H, W) to (B, 64, H, W)."""
         return self.conv1(images)

@@ -93,11 +93,6 @@ class PreActivationResNet(Backbone):
         self.bn1 = norm(4 * width)
         self.fc = nn.Linear(4 * width, num_classes)
 
-    @property
-    def head(self) -> nn.Linear:
-        """The classifier ``fc``, weight (K, D)."""
-        return self.fc
-
     def stem(self, images: Tensor) -> Tensor:
         """Map (B, C, H, W) to (B, 16, H, W), signed."""
         return self.conv1(images)
