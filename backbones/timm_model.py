@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from backbones.backbone import Backbone, pool
-from backbones.weights import load_weights
+from backbones.weights import load_weights, weights_sha256
 
 
 class TimmModel(Backbone):
@@ -22,7 +22,8 @@ class TimmModel(Backbone):
         name: as in ``timm.list_models()``, with or without the tag of the pretrained weights.
         num_classes: K; where the pretrained weights have another number, the classifier alone is random.
         input_shape: (C, H, W) of the images; a network made for one size is made for this one.
-        pretrained: whether to download timm's weights; with the mean and std that belong to them.
+        pretrained: whether to download timm's weights. ``mean`` and ``std`` are not taken from them: those of timm's
+            ``pretrained_cfg`` belong here or to the data module.
         weights: where to load from instead, see ``backbones.weights.load_weights``; None = random.
         mean: see ``Backbone``.
         std: see ``Backbone``.
@@ -57,6 +58,8 @@ class TimmModel(Backbone):
         super().__init__(head.in_features, num_classes, input_shape, mean, std)
         self.network = network
         self.has_map = torch.equal(pool(maps), features)
+        if pretrained:  # from a cache of the hub's, whose file is not always one: the hash is that of the values
+            self.origin = {"source": "timm", "file": name, "sha256": weights_sha256(network)}
         if weights is not None:
             load_weights(self, weights)
 

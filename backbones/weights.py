@@ -1,6 +1,8 @@
 """Weights: where they lie, how they enter a network, and what identifies them."""
 
 import hashlib
+import json
+import logging
 import os
 import pickle
 import re
@@ -15,9 +17,11 @@ from backbones import layouts, published
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINTS = Path(os.environ.get("OOD_CHECKPOINTS", ROOT / "checkpoints")).absolute()
+EXPERIMENTS = ROOT / "experiments"
 CONTAINERS = ("state_dict", "model_state")
 PARTS = ("net_state_dict", "cls_state_dict")  # of one network, in the files of heatmap
-PREFIXES = ("module.", "model.", "backbone.", "encoder.")
+WRAPPERS = ("module.", "model.", "backbone.", "_orig_mod.")
+log = logging.getLogger(__name__)
 STUBBED = (  # classes and functions that published files need beside the weights, for what is not read
     "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
     "numpy.dtype",
@@ -69,7 +73,7 @@ def origins(module: nn.Module) -> dict[str, dict[str, str]]:
 
 
 def locate(source: str) -> Path:
-    """Find the file that ``source`` names; of a run it is ``best.ckpt`` if there, else ``last.ckpt``."""
+    """Find the file that ``source`` names; of a finished run it is ``best.ckpt`` if there, else ``last.ckpt``."""
     if source.startswith("run:"):
         return _locate_run(source)
     if published.is_torchvision(source):
@@ -89,13 +93,24 @@ def _locate_run(source: str) -> Path:
         raise ValueError(f"a run is named run:<method>/<setting> or run:<method>/<setting>/<name>, not {source}")
     method, setting, name = parts.group(1), parts.group(2), parts.group(3) or "seed0"
     folder = CHECKPOINTS / method / setting / name
+    given = f", given the name {name}" if parts.group(3) else ""
+    experiments = {f"run:{path.parent.name}/{path.stem}" for path in EXPERIMENTS.glob("[!_]*/*.yaml")}
+    wanted = f"run:{method}/{setting}"
+    remedy = f"`make {method}-{setting}` makes it{given}"
+    if wanted not in experiments:
+        remedy = f"experiments/{method}/{setting}.yaml would make it, which is not there either"
+        remedy += published.did_you_mean(wanted, experiments)
+    record = folder / "run.json"
+    status = json.loads(record.read_text(encoding="utf-8")).get("status") if record.is_file() else None
+    if status not in (None, "finished"):
+        raise ValueError(
+            f"{source} is {status}, not finished: {folder}. The same command continues it; to start from it as it is, "
+            "give the path of its checkpoint"
+        )
     for path in (folder / "best.ckpt", folder / "last.ckpt"):
         if path.is_file():
             return path
-    raise FileNotFoundError(
-        f"{source} is not trained yet: {folder} has neither best.ckpt nor last.ckpt; "
-        f"`make {method}-{setting}` makes it" + (f", given the name {name}" if parts.group(3) else "")
-    )
+    raise FileNotFoundError(f"{source} is not trained yet: {folder} has neither best.ckpt nor last.ckpt; {remedy}")
 
 
 class Stub:
@@ -141,23 +156,32 @@ def unwrap(checkpoint: Any, path: Path) -> dict[str, Tensor]:
             f"{' and '.join(PARTS)}; it holds {held}"
         )
     if "pytorch-lightning_version" in checkpoint:  # beside the network it holds what the method adds to it
-        network = ("backbone.", "encoder.") if "fc_mu.weight" in state else "backbone."
-        return {name: value for name, value in state.items() if name.startswith(network)} or state
+        network = {name: value for name, value in state.items() if name.startswith("backbone.")}
+        if not network and "fc_mu.weight" in state:  # its encoder may carry a classifier that was never trained
+            network = {name: value for name, value in state.items() if re.match(r"encoder\.(?!fc\.)", name)}
+        return network or state
     return state
 
 
 def adapt(state: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
     """Bring ``state`` (a file) to the names of ``own`` (a network) as far as prefixes and published layouts differ."""
-    return layouts.fill_affine(layouts.translate(strip_prefixes(state, set(own)), own), own)
+    state = strip_prefixes(state, set(own))
+    wrapper = next(iter(own)).partition(".")[0] + "."  # as around a model of timm
+    if all(name.startswith(wrapper) for name in own) and not any(name.startswith(wrapper) for name in state):
+        state = {wrapper + name: value for name, value in state.items()}
+    filled = layouts.fill_affine(layouts.translate(state, own), own)
+    if len(filled) > len(state):
+        log.warning("batch-norm has neither scale nor shift in the file: they are 1 and 0")
+    return filled
 
 
 def strip_prefixes(state: dict[str, Tensor], names: set[str]) -> dict[str, Tensor]:
     """Drop each wrapper's prefix that all of ``state`` carries, while nothing of it is among a network's ``names``.
 
-    >>> strip_prefixes({"module.fc.bias": torch.zeros(1)}, {"fc.bias", "fc.weight"})
+    >>> strip_prefixes({"model.module.fc.bias": torch.zeros(1)}, {"fc.bias", "fc.weight"})
     {'fc.bias': tensor([0.])}
     """
-    for prefix in PREFIXES:
+    for prefix in (*WRAPPERS, *WRAPPERS, "encoder."):  # wrappers may be wrapped
         if names.isdisjoint(state) and all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): value for name, value in state.items()}
     return state

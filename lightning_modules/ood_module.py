@@ -109,14 +109,18 @@ class OODModule(LightningModule, ABC):
         return {"optimizer": optimizer, "lr_scheduler": config}
 
     def on_train_start(self) -> None:
-        """Warn of a schedule that is made for another number of epochs or steps than the run has."""
+        """Warn of a schedule that is made for more epochs or steps than the run has, and refuse one that ends early."""
         for config in self.trainer.lr_scheduler_configs:
             made_for = getattr(config.scheduler, "total_steps", getattr(config.scheduler, "T_max", None))
             by_step = config.interval == "step"
             length = self.trainer.estimated_stepping_batches if by_step else self.trainer.max_epochs
-            if made_for not in (None, length):
-                kind, unit = type(config.scheduler).__name__, "steps" if by_step else "epochs"
-                log.warning("%s is made for %s %s, and the run has %s", kind, made_for, unit, length)
+            if made_for is None or made_for == length:
+                continue
+            kind, unit = type(config.scheduler).__name__, "steps" if by_step else "epochs"
+            message = f"{kind} is made for {made_for} {unit}, and the run has {length}"
+            if made_for < length:
+                raise ValueError(f"{message}: make it for as many")
+            log.warning(message)
 
     def on_train_epoch_end(self) -> None:
         """Step a schedule that waits for a plateau; Lightning would do so behind the back of the checkpoint."""

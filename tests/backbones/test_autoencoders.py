@@ -1,4 +1,6 @@
 import re
+import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -155,3 +157,28 @@ def test_the_mnist_decoder_equals_one_written_by_hand():
         expected = torch.einsum("bihw,oi->bohw", maps, weight[:, :, 0, 0]) + bias.view(-1, 1, 1)
         torch.testing.assert_close(network.decode(latent), expected, rtol=1e-4, atol=1e-5)
     assert sizes == [3, 4, 5, 6, 7, 14, 28]
+
+
+@pytest.mark.parametrize("build", [MNISTAutoencoder, partial(ResNetAutoencoder, 18), partial(ResNetAutoencoder, 50)])
+def test_formats_change_nothing_but_rounding(build):
+    network = unlike_fresh(build()).eval()
+    images = torch.rand(4, *network.input_shape, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        expected = network(images)
+        assert torch.equal(network(images), expected)
+        with torch.autocast("cpu", torch.bfloat16):
+            half = network(images).float()
+        turned = network.to(memory_format=torch.channels_last)(images.to(memory_format=torch.channels_last))
+    torch.testing.assert_close(turned, expected, rtol=1e-3, atol=1e-4)
+    assert (half - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("build", [MNISTAutoencoder, partial(ResNetAutoencoder, 18), partial(ResNetAutoencoder, 50)])
+def test_compiled_autoencoders_agree(build, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    network = unlike_fresh(build()).eval()
+    images = torch.rand(4, *network.input_shape, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(network)(images), network(images), rtol=1e-3, atol=1e-4)

@@ -419,3 +419,19 @@ def test_digits_net_learns_digits():
             optimizer.step()
     network.eval()
     assert (network(images[test]).argmax(1) == labels[test]).float().mean() > 0.95
+
+
+@pytest.mark.parametrize(
+    ("network", "fans"),
+    [
+        (lambda: ResNet(18, 10), {"conv1": 9 * 64, "layer2.0.conv1": 9 * 128}),  # fan out
+        (lambda: ResNet(18, 10, stem="imagenet"), {"conv1": 49 * 64}),
+        (lambda: ResNetOptionA(20, 10), {"conv1": 9 * 3, "layer3.1.conv2": 9 * 64, "linear": 64}),  # fan in
+    ],
+)
+def test_weights_start_with_variance_two_over_fan(network, fans):
+    torch.manual_seed(0)
+    modules = dict(network().named_modules())
+    for name, fan in fans.items():
+        weight = modules[name].weight
+        assert weight.std().item() == pytest.approx((2 / fan) ** 0.5, rel=4 / (2 * weight.numel()) ** 0.5)

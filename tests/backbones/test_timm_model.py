@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from backbones.timm_model import TimmModel
+from backbones.weights import origins, weights_sha256
 
 SIZES = {  # name: image size, shape of the last map, or None where the classifier does not read its mean
     "resnet10t": (64, (512, 2, 2)),
@@ -119,3 +120,20 @@ def test_without_timm_it_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ModuleNotFoundError, match="pip install timm"):
         TimmModel("resnet10t", 7)
+
+
+def test_pretrained_weights_are_recorded(monkeypatch, timm):
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **options: create(name, False, **options))
+    network = TimmModel("resnet10t", 7, (3, 64, 64), pretrained=True)
+    assert origins(network)[""] == {"source": "timm", "file": "resnet10t", "sha256": weights_sha256(network.network)}
+    assert origins(TimmModel("resnet10t", 7, (3, 64, 64))) == {}
+
+
+def test_a_file_of_timms_own_fits(tmp_path, timm):
+    theirs = timm.create_model("resnet10t", num_classes=7)
+    torch.save(theirs.state_dict(), tmp_path / "theirs.pt")
+    network = TimmModel("resnet10t", 7, (3, 64, 64), weights=str(tmp_path / "theirs.pt")).eval()
+    images = images_for("resnet10t")
+    with torch.no_grad():
+        assert torch.equal(network(images), theirs.eval()(images))

@@ -1,6 +1,7 @@
 """Weights enter whole or not at all, whatever they are wrapped in; nothing in a file is executed."""
 
 import hashlib
+import json
 import os
 import pickle
 import re
@@ -79,6 +80,41 @@ def test_of_a_foreign_file_nothing_is_dropped(tmp_path):
     state = prefixed("backbone.", network(0).state_dict()) | {"residual.weight": torch.zeros(2)}
     with pytest.raises(ValueError, match=r"unexpected: residual\.weight"):
         load_weights(network(1), save(tmp_path / "net.pt", {"state_dict": state}))
+
+
+@pytest.mark.parametrize("prefix", ["module.model.", "model.module.", "module.module.", "_orig_mod.module."])
+def test_wrappers_may_be_wrapped(tmp_path, prefix):
+    other = network(1)
+    load_weights(other, save(tmp_path / "net.pt", prefixed(prefix, network(0).state_dict())))
+    assert same(other.state_dict(), network(0).state_dict())
+
+
+def test_a_network_inside_another_takes_the_files_of_the_inner_one(tmp_path):
+    class Outer(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.network = inner
+
+    outer = Outer(network(1))
+    load_weights(outer, save(tmp_path / "net.pt", network(0).state_dict()))
+    assert same(outer.network.state_dict(), network(0).state_dict())
+
+
+@pytest.mark.parametrize("status", ["running", "interrupted", "failed"])
+def test_an_unfinished_run_is_no_source(checkpoints, status):
+    folder = checkpoints / "classifier" / "digits" / "seed0"
+    folder.mkdir(parents=True)
+    save(folder / "last.ckpt", network(0).state_dict())
+    (folder / "run.json").write_text(json.dumps({"status": status}))
+    with pytest.raises(ValueError, match=rf"run:classifier/digits is {status}, not finished: .*give the path"):
+        load_weights(network(1), "run:classifier/digits")
+    (folder / "run.json").write_text(json.dumps({"status": "finished"}))
+    load_weights(network(1), "run:classifier/digits")
+
+
+def test_a_misspelt_run_names_the_near_ones(checkpoints):
+    with pytest.raises(FileNotFoundError, match=r"not there either; did you mean run:classifier/digits"):
+        load_weights(network(1), "run:clasifier/digits")
 
 
 def test_a_prefix_that_the_network_has_itself_stays(tmp_path):
@@ -179,11 +215,11 @@ def test_a_pickled_configuration_is_refused_by_its_class(tmp_path, monkeypatch, 
 
 @pytest.mark.parametrize("numpy", [b"numpy._core", b"numpy.core"])  # of NumPy 2 and 1
 def test_what_lightning_and_numpy_leave_beside_the_weights_is_skipped(tmp_path, numpy):
-    heads = {"fc_mu.weight": torch.zeros(2, 64), "fc_var.weight": torch.zeros(2, 64), "ae.fc.bias": torch.zeros(3)}
+    heads = {"ae.fc.bias": torch.zeros(3)}
     content = {
         "pytorch-lightning_version": "1.1.2",
         "callbacks": {ModelCheckpoint: {"best_model_score": np.float64(0.5), "current_score": torch.tensor(0.5)}},
-        "state_dict": prefixed("encoder.", network(0).state_dict()) | heads,
+        "state_dict": prefixed("backbone.", network(0).state_dict()) | heads,
     }
     path = Path(save(tmp_path / "net.ckpt", content, legacy=True))
     assert path.read_bytes().count(b"numpy._core.multiarray") == 1

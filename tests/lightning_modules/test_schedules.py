@@ -83,3 +83,10 @@ def test_a_schedule_for_a_longer_run_is_named(tmp_path, caplog, name, made_for, 
     caplog.clear()
     fit(tmp_path, name, EPOCHS)
     assert "is made for" not in caplog.text
+
+
+@pytest.mark.parametrize(("name", "made_for", "has"), [("cosine", "6 epochs", 7), ("onecycle", "30 steps", 35)])
+def test_a_schedule_that_ends_before_the_run_is_refused_at_its_start(tmp_path, name, made_for, has):
+    with pytest.raises(ValueError, match=f"made for {made_for}, and the run has {has}: make it"):
+        fit(tmp_path, name, 7)
+    assert not list(tmp_path.iterdir())
