@@ -5,6 +5,7 @@ import shutil
 import time
 from collections import defaultdict
 from dataclasses import asdict
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,8 @@ class OODEvaluation(Callback):
         for name in scores:
             if not re.fullmatch(r"[\w.+-]+", name):  # it becomes the name of a figure and a part of log keys
                 raise ValueError(f"a score is called by letters, digits, _ . + and -, not {name!r}")
+        if bootstrap < 0:
+            raise ValueError(f"bootstrap counts replicates, 0 = none; it cannot be {bootstrap}")
         self.scores, self.bootstrap, self.figures = scores, bootstrap, figures
         self.rules_name, self.rules = rules, metric_rules(rules)
         self.run_folder = None if folder is None else Path(folder)
@@ -83,7 +86,7 @@ class OODEvaluation(Callback):
         self.samples: Samples | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Ask the method for the taps of the scores, and the data module for the passes they need.
+        """Ask the method for the taps of the scores, and the data module to ask for the passes they need.
 
         Raises:
             ValueError: the method has no classes, and a score reads logits or a classifier.
@@ -95,32 +98,36 @@ class OODEvaluation(Callback):
             return
         for score in self.scores.values():
             module.taps |= score.taps
-        self._restore(trainer, module, data)
-        data.fit_passes = max((score.passes_left for score in self.scores.values()), default=0)
+        data.before_test = partial(self._ask_for_passes, trainer, module, data)
         if self._uncalibrated() and "calibration" not in data.sets:
             raise ValueError(
                 f"{', '.join(self._uncalibrated())}: to be calibrated on ID training images that are held out, but "
                 "none are: set val_split of the data"
             )
 
+    def _ask_for_passes(self, trainer: Trainer, module: OODModule, data: OODDataModule) -> None:
+        """Ask the data module for as many passes as the scores need that no earlier evaluation has fitted."""
+        self._restore(trainer, module, data)
+        data.fit_passes = max((score.passes_left for score in self.scores.values()), default=0)
+
     def _restore(self, trainer: Trainer, module: OODModule, data: OODDataModule) -> None:
-        """Load the scores that an earlier evaluation has fitted on the same."""
+        """Load the scores that an earlier evaluation has fitted on the same, all of it."""
         settings = self.configuration.get("evaluation", {}).get("scores") or {}
-        if self.folder is None or settings.keys() != self.scores.keys():
+        limit = trainer.limit_test_batches
+        whole = isinstance(limit, float) and limit == 1.0  # the integer 1 means one batch
+        if self.folder is None or settings.keys() != self.scores.keys() or not whole:
             return
-        whole = trainer.limit_test_batches == 1.0
         common = {
-            "weights": file_sha256(trainer.ckpt_path) if trainer.ckpt_path else weights_sha256(module),
+            "weights": weights_sha256(module),
             "model": self.configuration["model"],
             "images": [data.fingerprints.get(name) for name in ("fit", "calibration")],
             "normalization": [data.mean, data.std],
             "precision": trainer.precision,
-            "limit": None if whole else [trainer.limit_test_batches, data.eval_batch_size],
         }
         for name, score in self.scores.items():
             if score.fitted:  # there is nothing to fit
                 continue
-            self.keys[name] = fitting_key(score, common, settings[name])
+            self.keys[name] = fitting_key(common, settings[name])
             state = read_fitted(self._fitted_file(name), self.keys[name])
             if trainer.strategy.reduce_boolean_decision(state is not None) and state is not None:
                 score.to(torch.float64 if trainer.precision == "64-true" else None)
@@ -240,7 +247,7 @@ class OODEvaluation(Callback):
         """Show the held-out images, which are scored later like any others, to the scores that need them first."""
         scores, loaders = self._uncalibrated(), list(_loaders(trainer))
         batches, images_seen = int(trainer.num_test_batches[loaders.index("calibration")]), 0
-        for batch in islice(data.test_dataloader()["calibration"], batches):
+        for batch in islice(data.calibration_dataloader(), batches):
             images, labels, _ = trainer.strategy.batch_to_device(batch)
             images_seen += len(images)
             for score in scores.values():
@@ -306,6 +313,7 @@ class OODEvaluation(Callback):
             "subset": asdict(data.subset),
             "ood_subset": {key: getattr(data.ood_subset, key) for key in ("rule", "count", "repeats")},
             "checkpoint": None if checkpoint is None else Path(checkpoint).name,
+            "checkpoint_sha256": None if checkpoint is None else file_sha256(checkpoint),
             "epoch": epoch,
             "git_revision": git_revision(),
             "packages": package_versions(),

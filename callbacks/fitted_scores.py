@@ -4,34 +4,43 @@ import hashlib
 import json
 import logging
 import sys
+import sysconfig
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_modules.scores import score as contract
+from callbacks.provenance import package_versions
 from lightning_modules.scores.score import Score
 
-SCORES = Path(contract.__file__).parent
+INSTALLED = tuple(Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib", "purelib", "platlib"))
 log = logging.getLogger(__name__)
 
 
-def fitting_key(score: Score, *dependencies: Any) -> str:
-    """Hash what a fitted score depends on: JSON values, the code of its module and that of all our scores."""
-    digest = hashlib.sha256(json.dumps(dependencies, sort_keys=True).encode())
-    own = Path(sys.modules[type(score).__module__].__file__ or "")
-    for path in (own, *sorted(SCORES.glob("*.py"))):
-        digest.update(path.read_bytes())
+def fitting_key(*dependencies: Any) -> str:
+    """Hash what a fitted score depends on: JSON values, the versions of packages, and all code that is not installed.
+
+    That is ours and the user's, as far as it is imported: which of it decides what a network sees cannot be told.
+    """
+    digest = hashlib.sha256(json.dumps([dependencies, package_versions()], sort_keys=True).encode())
+    files = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
+    for path in sorted({Path(file).resolve() for file in files if file and file.endswith(".py")}):
+        if path.is_file() and not any(path.is_relative_to(folder) for folder in INSTALLED):
+            digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
 
 
 def keep_fitted(path: Path, score: Score, key: str) -> None:
-    """Write a score, whole or not at all; what was there is replaced."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".part")
-    torch.save({"key": key, "state": score.state_dict()}, unfinished)
-    unfinished.replace(path)
+    """Write a score, whole or not at all; what was there is replaced. Where that fails, there is a warning."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
+            torch.save({"key": key, "state": score.state_dict()}, file)
+        Path(file.name).replace(path)
+    except OSError as error:  # the evaluation is done; that it cannot be kept is no reason to lose it
+        log.warning("what %s has learned is not kept: %s", path.stem, error)
 
 
 def read_fitted(path: Path, key: str) -> dict[str, Tensor] | None:

@@ -36,6 +36,7 @@ class OODDataModule(LightningDataModule, ABC):
         repeats: known after ``setup``: OOD set -> for each repeat of ``ood_subset``, the ids of its images.
         normalizes: whether images are normalised here rather than by the network.
         fit_passes: how often ``test_dataloader`` presents the training images first; the evaluation says so.
+        before_test: what ``test_dataloader`` calls first; by then, the network has its weights.
         protocol: whose experiments the data follow, where a subclass knows any.
         root: folder of all data.
         remedy: what a subclass lets a user do about sets of different shape.
@@ -73,6 +74,7 @@ class OODDataModule(LightningDataModule, ABC):
     fingerprints: dict[str, str]
     repeats: dict[str, list[Tensor]]
     fit_passes: int = 0
+    before_test: Callable[[], None] | None = None
     protocol: str | None = None
     remedy: str = ""
 
@@ -194,10 +196,16 @@ class OODDataModule(LightningDataModule, ABC):
         self._training_images()
         return self._in_order("fit")
 
+    def calibration_dataloader(self) -> Loader:
+        """Serve the held-out ID images in order."""
+        return self._in_order("calibration")
+
     def test_dataloader(self) -> dict[str, Loader]:
         """Serve in this order: ``fit`` and ``fit_2`` as asked, ``calibration`` if any is held out, ``id``, OOD sets."""
+        if self.before_test is not None:
+            self.before_test()
         fit = {"fit" if i == 0 else f"fit_{i + 1}": self.fit_dataloader() for i in range(self.fit_passes)}
-        calibration = {"calibration": self._in_order("calibration")} if "calibration" in self.sets else {}
+        calibration = {"calibration": self.calibration_dataloader()} if "calibration" in self.sets else {}
         return fit | calibration | self.predict_dataloader()
 
     def predict_dataloader(self) -> dict[str, Loader]:

@@ -186,9 +186,11 @@ class OODCLI(LightningCLI):
             return trained
         if read_run(self.folder) or not _has_weights(self.settings.model.as_dict()):
             method, _, setting = self.settings.experiment.partition("/")
+            trainable = (EXPERIMENTS / method / f"{setting}.yaml").is_file()
+            remedy = f"train it with make {method}-{setting}" if trainable else "give the backbone `weights`"
             raise FileNotFoundError(
                 f"nothing to evaluate: there is no {trained}, and the model names no weights; "
-                f"train it with make {method}-{setting}, or give --ckpt_path"
+                f"{remedy}, or give --ckpt_path"
             )
         return None
 

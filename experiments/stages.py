@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from backbones.weights import file_sha256
 from callbacks.figures import stages_figure
 from callbacks.results import HEADLINE, read_results
 from callbacks.run_record import differences, read_run
@@ -34,16 +35,24 @@ class StageCLI(OODCLI):
     """``test`` of one checkpoint, into a folder of its own; what is there already is not done again."""
 
     def __init__(self, args: Sequence[str], checkpoint: Path, epoch: int) -> None:
-        self.stage = f"stages/{epoch:03d}"
+        self.stage, self.checkpoint = f"stages/{epoch:03d}", checkpoint
         own = ["--ckpt_path", str(checkpoint), "--trainer.logger", "false", "--evaluation.subfolder", self.stage]
         super().__init__(["test", *args, *own], show_results=False)
 
     def after_instantiate_classes(self) -> None:
-        """Leave out what an earlier call has done with the same configuration."""
-        done = self.folder / self.stage / "results.json"
-        self.done = done.is_file() and not differences(read_results(done.parent)["configuration"], self.configuration)
+        """Leave out what an earlier call has done with the same checkpoint and configuration."""
+        self.done = not self.settings.overwrite and self._is_done(self.folder / self.stage)
         if not self.done:
             super().after_instantiate_classes()
+
+    def _is_done(self, folder: Path) -> bool:
+        if not (folder / "results.json").is_file():
+            return False
+        results = read_results(folder)
+        if results["checkpoint_sha256"] != file_sha256(self.checkpoint):  # the run went on since
+            self.settings.overwrite = True
+            return False
+        return not differences(results["configuration"], self.configuration)
 
     def _run_subcommand(self, subcommand: str) -> None:
         if not self.done:
@@ -56,13 +65,16 @@ def kept_checkpoints(folder: Path) -> list[tuple[int, Path]]:
     Raises:
         FileNotFoundError: there are not even two, and a curve needs more than a point.
     """
-    files = [folder / "last.ckpt", folder / "best.ckpt", *sorted((folder / "epochs").glob("*.ckpt"))]
+    record = read_run(folder)
+    files = [folder / "best.ckpt", *sorted((folder / "epochs").glob("*.ckpt"))]
+    if record.get("status") == "finished":  # else it may be of mid-epoch
+        files = [folder / "last.ckpt", *files]
     found = {}
     for path in files:
         if path.is_file():
             found[int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["epoch"])] = path
     if len(found) < 2:
-        state = f"{len(found)} checkpoint" if read_run(folder) else "no run"
+        state = f"{len(found)} checkpoint" if record else "no run"
         raise FileNotFoundError(
             f"{folder} holds {state}, and a curve needs two: train with --keep_every_n_epochs 5, or the like"
         )

@@ -98,10 +98,13 @@ class Extraction(OODCLI):
 
 def evaluate(args: Sequence[str]) -> None:
     """``evaluate [--config YAML] [options]``: test any network on any data with any scores, without a run behind it."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", action="append", default=[], type=Path)
+    parser.add_argument("--experiment")
+    options, _ = parser.parse_known_args(args)
     given = ["--config", str(EXPERIMENTS / "_evaluate.yaml"), *args]
-    if not any(arg.partition("=")[0] == "--experiment" for arg in args):
-        configs = [args[i + 1] for i, arg in enumerate(args[:-1]) if arg == "--config"]
-        given += ["--experiment", f"evaluate/{Path(configs[-1]).stem if configs else 'network'}"]
+    if options.experiment is None:
+        given += ["--experiment", f"evaluate/{options.config[-1].stem if options.config else 'network'}"]
     OODCLI(["test", *given])
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import yaml
 
 from backbones.digits_net import DigitsNet
 from experiments.__main__ import main
+from experiments.stages import kept_checkpoints
 
 DIGITS = str(Path(__file__).resolve().parent.parent.parent / "experiments" / "classifier" / "digits.yaml")
 QUIET = ["--trainer.logger", "false", "--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu"]
@@ -95,6 +97,7 @@ def test_a_network_is_evaluated_without_a_run_and_fitted_once(network, capsys):
         (["--data.init_args.split_seed", "1"], set()),
         (["--trainer.precision", "64-true"], set()),
         (["--trainer.limit_test_batches", "2"], set()),
+        (["--trainer.limit_test_batches", "1"], set()),
         (["--data.init_args.eval_batch_size", "50"], {"gmm", "layered", "both"}),
         (["weights"], set()),
         (["damage"], {"layered", "both"}),
@@ -111,6 +114,62 @@ def test_scores_are_fitted_again_where_something_changed(network, change, restor
     assert evaluate(network, "--overwrite", "true", *(change if len(change) > 1 else [])) == 0
     assert set(record(network)[0]["restored"]) == restored
     assert ("is damaged" in caplog.text) == (change == ["damage"])
+
+
+def test_what_a_truncated_test_has_fitted_is_not_kept(network):
+    assert evaluate(network, "--trainer.limit_test_batches", "1") == 0
+    assert evaluate(network, "--overwrite", "true") == 0
+    assert record(network)[0]["restored"] == []
+
+
+OWN_SCORE = """
+from lightning_modules.scores.score import Score
+from own_helper import SIGN
+
+
+class Own(Score):
+    taps = frozenset({"penultimate"})
+
+    def forward(self, evidence):
+        return SIGN * evidence.features["penultimate"].sum(1)
+"""
+
+
+def test_changed_code_of_the_user_is_noticed_wherever_it_is_used(network, monkeypatch):
+    monkeypatch.syspath_prepend(str(network.parent))
+    (network.parent / "own_score.py").write_text(OWN_SCORE)
+    (network.parent / "own_helper.py").write_text("SIGN = 1\n")
+    wrapped = {"class_path": "lightning_modules.scores.clipped.Clipped", "init_args": {"score": "own_score.Own"}}
+    own = ["--evaluation.scores", json.dumps({"own": wrapped}), "--overwrite", "true"]
+    for sign, restored in (("1", []), ("1", ["own"]), ("-1", [])):
+        (network.parent / "own_helper.py").write_text(f"SIGN = {sign}\n")
+        assert evaluate(network, *own) == 0
+        assert record(network)[0]["restored"] == restored
+        for name in ("own_score", "own_helper"):
+            monkeypatch.delitem(sys.modules, name)
+
+
+def test_kept_scores_are_those_of_the_checkpoint(checkpoints):
+    assert main(["run", "--config", DIGITS, *QUIET, "--trainer.max_epochs", "2"]) == 0
+    folder = checkpoints / "classifier" / "digits" / "seed0"
+    again = ["test", "--config", str(folder / "config.yaml"), "--overwrite", "true"]
+    for checkpoint, restored in (("best", 4), ("last", 0), ("last", 4)):
+        state = torch.load(folder / "last.ckpt", weights_only=True)
+        if checkpoint == "last" and not restored:  # another network of the same name
+            state["state_dict"]["backbone.fc.weight"] += 1
+            torch.save(state, folder / "last.ckpt")
+        assert main([*again, "--ckpt_path", str(folder / f"{checkpoint}.ckpt")]) == 0
+        assert len(json.loads((folder / "results.json").read_text())["restored"]) == restored
+
+
+def test_a_disk_that_is_full_costs_no_result(network, monkeypatch, caplog):
+    def full(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("callbacks.fitted_scores.tempfile.NamedTemporaryFile", full)
+    assert evaluate(network) == 0
+    assert "what gmm has learned is not kept: [Errno 28]" in caplog.text
+    assert record(network)[0]["rows"]
 
 
 def test_kept_scores_are_those_of_the_precision(network):
@@ -161,7 +220,26 @@ def test_every_stage_of_a_run_is_tested_once(run, capsys):
     assert main(["stages", str(run), "--evaluation.rules", "openood"]) == 2
     assert "--overwrite true" in capsys.readouterr().err
     assert main(["stages", str(run), "--evaluation.rules", "openood", "--overwrite", "true"]) == 0
-    assert {path: path.stat().st_mtime_ns for path in times}.keys() == times.keys()
+    assert all(path.stat().st_mtime_ns > time for path, time in times.items())
+
+
+def test_a_stage_whose_checkpoint_changed_is_tested_again(run):
+    assert main(["stages", str(run)]) == 0
+    before = (run / "stages" / "stages.csv").read_text()
+    state = torch.load(run / "epochs" / "001.ckpt", weights_only=True)
+    state["state_dict"]["backbone.fc.weight"].neg_()
+    torch.save(state, run / "epochs" / "001.ckpt")
+    assert main(["stages", str(run)]) == 0
+    after = (run / "stages" / "stages.csv").read_text()
+    changed = [new for old, new in zip(before.splitlines(), after.splitlines(), strict=True) if old != new]
+    assert changed
+    assert all(row.startswith("1,") for row in changed)
+
+
+def test_the_last_checkpoint_of_an_unfinished_run_is_no_stage(run):
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(record | {"status": "running"}))
+    assert "last.ckpt" not in [path.name for _, path in kept_checkpoints(run)]
 
 
 def test_a_curve_needs_two_points(checkpoints, capsys):
