@@ -16,7 +16,7 @@ class Clipped(Wrapper):
     t is exact to a relative 2^-11. The inner score normalises afterwards, if at all: around a ``Mahalanobis`` on
     normalised features, this is SSD with the rectified activations of Sun, Guo and Li, "ReAct: Out-of-distribution
     Detection With Rectified Activations", NeurIPS 2021. The energy of clipped features has a class of its own,
-    ``ReAct``.
+    ``ReAct``. Logits stay those of features as they are.
 
     Args:
         score: the other score.

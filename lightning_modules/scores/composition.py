@@ -1,6 +1,7 @@
 """Several scores as one."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +56,8 @@ class Composition(Score):
             )
         if math.isnan(beta):
             raise ValueError("beta is a number, .inf or -.inf, not nan")
-        self.members, self.beta = nn.ModuleDict(members), beta
+        self.names, self.beta = tuple(members), beta
+        self.members: Sequence[Score] = nn.ModuleList(members.values())  # type: ignore[assignment]
         self.passes = 1 + max(member.passes for member in members.values())
         self.taps = frozenset().union(*(member.taps for member in members.values()))
         self._statistics: ClassStatistics | None = None
@@ -64,7 +66,7 @@ class Composition(Score):
 
     def bind(self, backbone: Backbone | None) -> None:
         """Let each member copy what it needs."""
-        for member in self._scores():
+        for member in self.members:
             member.bind(backbone)
 
     def update(self, evidence: Evidence, labels: Tensor) -> None:
@@ -90,7 +92,7 @@ class Composition(Score):
         if number < 2:
             raise ValueError(f"a standard deviation needs two training images, there are {number}")
         deviation = (self._statistics.scatter.diagonal() / (number - 1)).sqrt()
-        if constant := [name for name, value in zip(self.members, deviation.tolist(), strict=True) if not value > 0]:
+        if constant := [name for name, value in zip(self.names, deviation.tolist(), strict=True) if not value > 0]:
             raise ValueError(f"{', '.join(constant)} scores all training images alike and cannot be standardised")
         self.mean, self.deviation = self._statistics.means[0].to(self.mean), deviation.to(self.deviation)
         self._statistics = None
@@ -100,10 +102,7 @@ class Composition(Score):
         return compose((self._standardless(evidence) - self.mean) / self.deviation, self.beta)
 
     def _standardless(self, evidence: Evidence) -> Tensor:
-        return torch.stack([member(evidence).to(self.mean.dtype) for member in self._scores()], 1)
-
-    def _scores(self) -> list[Score]:
-        return list(self.members.values())  # type: ignore[arg-type]
+        return torch.stack([member(evidence).to(self.mean.dtype) for member in self.members], 1)
 
     def _unfitted(self) -> list[Score]:
-        return [member for member in self._scores() if not member.fitted]
+        return [member for member in self.members if not member.fitted]

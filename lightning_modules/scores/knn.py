@@ -99,6 +99,8 @@ class KNN(Score):
         images = len(bank) if self.subsample is None else self._sample.seen
         if self.k > images:
             raise ValueError(f"KNN looks for neighbour k={self.k} among only {images} training images")
+        if not bank.isfinite().all():
+            raise ValueError("the training features hold NaN or infinity")
         self.bank, self.norms = bank, bank.square().sum(1)
         self.neighbour.fill_(max(1, round(self.k * len(bank) / images)))
         self._rows, self._sample = [], RowSample(self.subsample)

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from itertools import chain
 
 import numpy as np
 import torch
@@ -86,9 +85,9 @@ class LayeredMahalanobis(InputScore):
     def calibrate(self, module: nn.Module, images: Tensor, labels: Tensor) -> None:
         """Take in the distances of held-out images and of their adversaries."""
         with torch.inference_mode(False), torch.enable_grad():
-            watched = self._watched(module, images)
+            watched = self.watch(module, images)
             loss = F.cross_entropy(widen(module(watched).logits), labels.clone(), reduction="sum")
-            (gradient,) = _gradients(loss[None], watched)
+            (gradient,) = self.gradients(loss[None], watched)
         adversaries = (images + self.noise * gradient.sign()).clamp(*self._bounds)
         both = [self._distances(module, x, self.magnitudes) for x in (images, adversaries)]
         self._sample.update(torch.stack(both, 1))
@@ -121,11 +120,11 @@ class LayeredMahalanobis(InputScore):
     def _distances(self, module: nn.Module, images: Tensor, magnitudes: Sequence[float]) -> Tensor:
         """Distance of each image to each tap's nearest class at each magnitude: (B, T, M)."""
         with torch.inference_mode(False), torch.enable_grad():
-            watched = self._watched(module, images)
+            watched = self.watch(module, images)
             evidence = module(watched)
             unmoved = torch.stack([gaussians(evidence) for gaussians in self.gaussians], 1)
             directions = (
-                [gradient.sign() for gradient in _gradients(unmoved.sum(0), watched)] if any(magnitudes) else []
+                [gradient.sign() for gradient in self.gradients(unmoved.sum(0), watched)] if any(magnitudes) else []
             )
         columns = []
         with torch.no_grad():
@@ -138,21 +137,8 @@ class LayeredMahalanobis(InputScore):
                 columns.append(torch.stack([gaussians(evidence) for gaussians, evidence in pairs], 1))
         return torch.stack(columns, 2)
 
-    def _watched(self, module: nn.Module, images: Tensor) -> Tensor:
-        """Copy images for a gradient to be taken with respect to them."""
-        if any(tensor.is_inference() for tensor in chain(module.parameters(), module.buffers(), self.buffers())):
-            raise RuntimeError(
-                "LayeredMahalanobis needs the gradient of the images, but tensors of this module or score were made in "
-                "torch.inference_mode; use torch.no_grad instead (inference_mode: false)"
-            )
-        return images.detach().clone().requires_grad_()
-
     def forward(self, module: nn.Module, images: Tensor) -> Tensor:
-        """Score (B, C, H, W) images; leaves no gradient behind and no mode changed.
-
-        Raises:
-            RuntimeError: the module cannot be differentiated with respect to its images.
-        """
+        """Score (B, C, H, W) images; leaves no gradient behind and no mode changed."""
         return self._distances(module, images, [float(self.magnitude)])[:, :, 0] @ self.coefficients + self.intercept
 
 
@@ -166,13 +152,3 @@ def regression(clean: NDArray[np.float64], adversaries: NDArray[np.float64]) -> 
     make_pipeline(standardize, logistic).fit(rows, np.repeat([0, 1], len(clean)))
     coefficients = logistic.coef_[0] / standardize.scale_
     return coefficients, float(logistic.intercept_[0] - coefficients @ standardize.mean_)
-
-
-def _gradients(outputs: Tensor, images: Tensor) -> list[Tensor]:
-    """Gradient of each of (T,) outputs with respect to the images."""
-    if not outputs.requires_grad:
-        raise RuntimeError(
-            "LayeredMahalanobis needs the gradient of the images, but the module cuts it: its forward must not run "
-            "under torch.no_grad or detach"
-        )
-    return [torch.autograd.grad(output, images, retain_graph=True)[0] for output in outputs]

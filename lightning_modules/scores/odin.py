@@ -1,7 +1,5 @@
 """Temperature and a small step that raises the confidence."""
 
-from itertools import chain
-
 import torch
 from torch import Tensor, nn
 
@@ -28,25 +26,11 @@ class ODIN(InputScore):
         self.temperature, self.epsilon = temperature, epsilon
 
     def forward(self, module: nn.Module, images: Tensor) -> Tensor:
-        """Score (B, C, H, W) images; leaves no gradient behind and no mode changed.
-
-        Raises:
-            RuntimeError: the module cannot be differentiated with respect to its images.
-        """
-        if any(tensor.is_inference() for tensor in chain(module.parameters(), module.buffers())):
-            raise RuntimeError(
-                "ODIN needs the gradient of the images, but tensors of this module were made in torch.inference_mode; "
-                "use torch.no_grad instead (inference_mode: false)"
-            )
+        """Score (B, C, H, W) images; leaves no gradient behind and no mode changed."""
         with torch.inference_mode(False), torch.enable_grad():
-            images = images.detach().clone().requires_grad_()
-            confidence = self._tempered(module, images).log_softmax(1).max(1).values
-            if not confidence.requires_grad:
-                raise RuntimeError(
-                    f"ODIN needs the gradient of the images, but {type(module).__name__} cuts it: "
-                    "its forward must not run under torch.no_grad or detach"
-                )
-            (gradient,) = torch.autograd.grad(confidence.sum(), images)
+            watched = self.watch(module, images)
+            confidence = self._tempered(module, watched).log_softmax(1).max(1).values
+            (gradient,) = self.gradients(confidence.sum()[None], watched)
         with torch.no_grad():
             return -self._tempered(module, images + self.epsilon * gradient.sign()).softmax(1).amax(1)
 

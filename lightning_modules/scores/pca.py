@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from lightning_modules.evidence import Evidence
 from lightning_modules.scores.gaussian import ClassStatistics, turn
+from lightning_modules.scores.gradnorm import GradNorm
 from lightning_modules.scores.head import HeadScore
 from lightning_modules.scores.score import Score, read_tap
 from lightning_modules.scores.wrapper import Wrapper
@@ -48,8 +49,8 @@ class PCA(Wrapper):
         tap: str = "penultimate",
     ) -> None:
         super().__init__(score, tap)
-        if isinstance(score, HeadScore):
-            raise ValueError(f"{type(score).__name__} classifies the features: it needs all of them, not components")
+        if heads := [type(part).__name__ for part in score.modules() if isinstance(part, HeadScore | GradNorm)]:
+            raise ValueError(f"{', '.join(heads)} classifies the features: it needs all of them, not components")
         if components < 1:
             raise ValueError(f"PCA keeps at least 1 component, not {components}")
         self.components, self.whiten, self.normalize = components, whiten, normalize

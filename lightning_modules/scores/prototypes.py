@@ -33,6 +33,8 @@ class RunningMeans:
         sums = sums[sums[:, -1] > 0]
         if not len(sums):
             raise RuntimeError("the score has seen only empty batches of training data")
+        if not sums.isfinite().all():
+            raise ValueError("what it is to average holds NaN or infinity")
         return sums[:, :-1] / sums[:, -1:]
 
 

@@ -17,8 +17,10 @@ def histogram(values: Tensor) -> Tensor:
     """Count values in bins made of the upper 20 bits of a float32: (2^20,) int64, exact to add up.
 
     Read as integers, positive floats are ordered as they stand and negative ones in reverse; flipping the bits of the
-    latter orders all. A bin spans 2^-11 of its lower edge.
+    latter orders all. A bin spans 2^-11 of its lower edge. NaN and infinity are a ``ValueError``.
     """
+    if not values.isfinite().all():
+        raise ValueError("the activations hold NaN or infinity")
     bits = values.detach().float().flatten().view(torch.int32)
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     return torch.bincount((ordered >> SHIFT) + BINS // 2, minlength=BINS)

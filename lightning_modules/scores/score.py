@@ -119,6 +119,36 @@ class InputScore(Score):
         """What it takes to fit it, in words."""
         return super().needs + (", then calibration on held-out ID images" if self.calibration_forwards else "")
 
+    def watch(self, module: nn.Module, images: Tensor) -> Tensor:
+        """Copy images for gradients with respect to them, to be used under ``torch.enable_grad``.
+
+        Raises:
+            RuntimeError: a tensor of the module or the score was made in ``torch.inference_mode``.
+            ValueError: the images are in half precision, in which steps of a thousandth vanish.
+        """
+        name = type(self).__name__
+        if images.dtype in (torch.float16, torch.bfloat16):
+            raise ValueError(
+                f"{name} moves images by steps that {images.dtype} rounds away: evaluate in 32-true or bf16-mixed"
+            )
+        tensors = (*module.parameters(), *module.buffers(), *(x for x in self.buffers() if x.is_floating_point()))
+        if any(tensor.is_inference() for tensor in tensors):
+            raise RuntimeError(
+                f"{name} needs the gradient of the images, but tensors of this module or score were made in "
+                "torch.inference_mode; use torch.no_grad instead (inference_mode: false)"
+            )
+        return images.detach().clone().requires_grad_()
+
+    def gradients(self, outputs: Tensor, images: Tensor) -> list[Tensor]:
+        """Gradient of each of (T,) outputs with respect to the images; ``RuntimeError`` where the module cuts it."""
+        if not outputs.requires_grad:
+            raise RuntimeError(
+                f"{type(self).__name__} needs the gradient of the images, but the module cuts it: its forward must not "
+                "run under torch.no_grad or detach"
+            )
+        last = len(outputs) - 1
+        return [torch.autograd.grad(output, images, retain_graph=i < last)[0] for i, output in enumerate(outputs)]
+
     def calibrate(self, module: nn.Module, images: Tensor, labels: Tensor) -> None:
         """Take in a batch of held-out ID images (B, C, H, W) with labels (B,); B may be 0."""
 

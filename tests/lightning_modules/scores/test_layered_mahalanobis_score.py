@@ -232,16 +232,18 @@ def test_degenerate_images(case):
 
 
 def test_half_precision():
-    module = Net().bfloat16()
-    score = LayeredMahalanobis(TAPS, (0.0,))
+    module, score = Net(), LayeredMahalanobis(TAPS, (0.0,))
     images, labels = draw(300)
-    score.update(module(images.bfloat16()), labels)
-    score.finalize()
-    score.calibrate(module, images.bfloat16(), labels)
-    score.finalize()
-    values = score(module, images.bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        score.update(module(images), labels)
+        score.finalize()
+        score.calibrate(module, images, labels)
+        score.finalize()
+        values = score(module, images)
     assert values.dtype == torch.float32
     assert len(values.unique()) > 100
+    with pytest.raises(ValueError, match=r"LayeredMahalanobis moves images by steps that torch\.bfloat16 rounds away"):
+        score(module.bfloat16(), images.bfloat16())
 
 
 def test_a_constant_distance_has_no_weight_that_is_not_finite():

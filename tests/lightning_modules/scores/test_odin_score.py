@@ -79,8 +79,15 @@ def test_empty_batch():
 
 
 def test_half_precision_logits_keep_their_order():
-    module, images = network().bfloat16(), torch.randn(30, 2, 2, 2).bfloat16()
-    assert len(ODIN()(module, images).unique()) > 20  # softmax at T = 1000 in bfloat16 has one or two values
+    module, images = network(), torch.randn(30, 2, 2, 2)
+    with torch.autocast("cpu", torch.bfloat16):  # softmax at T = 1000 in bfloat16 has one or two values
+        assert len(ODIN()(module, images).unique()) > 20
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_images_whose_precision_swallows_the_step_are_refused(dtype):
+    with pytest.raises(ValueError, match=f"ODIN moves images by steps that {dtype} rounds away"):
+        ODIN()(network().to(dtype), torch.randn(3, 2, 2, 2).to(dtype))
 
 
 def test_higher_is_more_ood():
@@ -96,7 +103,7 @@ def test_inference_tensors_are_refused_in_words():
 
 
 def test_cut_gradient_is_refused_in_words():
-    with pytest.raises(RuntimeError, match="but Net cuts it"):
+    with pytest.raises(RuntimeError, match="the module cuts it"):
         ODIN()(Net(cut=True).requires_grad_(False), torch.randn(4, 2, 2, 2))
 
 

@@ -13,6 +13,7 @@ from backbones.backbone import Backbone
 from lightning_modules.evidence import Evidence, observe
 from lightning_modules.scores.activations import ASH, DICE, SCALE
 from lightning_modules.scores.clipped import Clipped
+from lightning_modules.scores.composition import Composition
 from lightning_modules.scores.gaussian import GMMEnergy, Mahalanobis
 from lightning_modules.scores.gradnorm import GradNorm
 from lightning_modules.scores.kmeans import KMeans
@@ -56,6 +57,7 @@ SCORES = {
     "pca_clipped": lambda: PCA(Clipped(GMMEnergy(normalize=False)), components=4),
     "knn_subsample": lambda: KNN(k=10, subsample=60),
     "vim": ViM,
+    "composition": lambda: Composition({"energy": Energy(), "std.gmm": GMMEnergy(), "items": Clipped(Mahalanobis())}),
 }
 FITTED = [name for name, make in SCORES.items() if make().passes]
 SAMPLED = ("ssd_kmeans", "knn_subsample")  # their sample is that of one process where batches are dealt out
@@ -206,6 +208,19 @@ def test_two_processes_fit_what_one_does(tmp_path):
             other = SCORES[name]().double()
             other.load_state_dict(torch.load(tmp_path / f"{case}.pt", weights_only=True)[name])
             torch.testing.assert_close(other(evidence), fitted(evidence), rtol=1e-9, atol=0)
+            if name not in SAMPLED:
+                continue
+            for key, value in fitted.state_dict().items():
+                torch.testing.assert_close(other.state_dict()[key], value, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", FITTED)
+def test_training_data_that_hold_no_numbers_are_refused(name, broken):
+    images, labels = data()
+    images[7, 0, 1, 1] = broken
+    with pytest.raises(ValueError, match=r"NaN or infinity"):
+        fit(name, images, labels)
 
 
 def test_missing_tap_is_named():
