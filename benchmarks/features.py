@@ -67,10 +67,10 @@ def evidence(features: Tensor, classes: int) -> Evidence:
     return Evidence(features.new_zeros(len(features), classes), {"penultimate": features}, {}, None)
 
 
-def two_products(features: Tensor, classes: int) -> Callable[[], Tensor]:
-    """Return a call that whitens and projects on the classes: the two products of a shared covariance, bare."""
-    whitening, centroids = torch.eye(features.shape[1]), torch.ones(classes, features.shape[1])
-    points, distances = torch.empty_like(features), torch.empty(len(features), classes)
+def two_products(features: Tensor, classes: int, directions: int) -> Callable[[], Tensor]:
+    """Return a call that whitens in so many directions and projects on the classes, bare, for a shared covariance."""
+    whitening, centroids = torch.eye(features.shape[1], directions), torch.ones(classes, directions)
+    points, distances = features.new_empty(len(features), directions), torch.empty(len(features), classes)
     return lambda: torch.mm(torch.mm(features, whitening, out=points), centroids.T, out=distances)
 
 

@@ -1,4 +1,4 @@
-"""The job of ``forwards`` and ``evaluation``: six post-hoc scores of one network on six OOD sets."""
+"""The job of ``forwards`` and ``evaluation``: eight post-hoc scores of one network on six OOD sets."""
 
 import logging
 import warnings
@@ -20,9 +20,12 @@ from lightning_modules.classifier import Classifier
 from lightning_modules.scores.gaussian import GMMEnergy, Mahalanobis
 from lightning_modules.scores.knn import KNN
 from lightning_modules.scores.logits import MSP, Energy, MaxLogit
+from lightning_modules.scores.prototypes import KLMatching
+from lightning_modules.scores.react import ReAct
 from lightning_modules.scores.score import Score
 
-CLASSES, BATCH, MEAN, STD, NEIGHBOUR = 10, 128, 0.5, 0.25, 50
+CLASSES, BATCH, MEAN, STD = 10, 128, 0.5, 0.25
+NEIGHBOUR, QUANTILE = 50, 0.95  # of kNN, of ReAct
 # Images of each set of the CIFAR-10 protocol of OpenOOD 1.5, ID training images first.
 SIZES = {
     "fit": 50_000,
@@ -90,20 +93,31 @@ def settle(network: Backbone, images: Tensor) -> Backbone:
 
 
 def one_pass_scores() -> dict[str, Score]:
-    """Make the six scores, unfitted."""
+    """Make the eight scores, unfitted."""
     return {
         "msp": MSP(),
         "max_logit": MaxLogit(),
         "energy": Energy(),
+        "kl_matching": KLMatching(),
         "mahalanobis": Mahalanobis(),
         "gmm": GMMEnergy(),
         "knn": KNN(NEIGHBOUR),
+        "react": ReAct(QUANTILE),
     }
 
 
-def run_ours(network: Backbone, images: dict[str, Tensor]) -> OODEvaluation:
-    """Fit and evaluate by way of ``Trainer.test``, as the command line does; no bootstrap, no figure, no file."""
-    evaluation = OODEvaluation(one_pass_scores(), bootstrap=0, figures=False)
+def run_ours(
+    network: Backbone, images: dict[str, Tensor], more: dict[str, Score] | None = None, **options: Any
+) -> OODEvaluation:
+    """Fit and evaluate by way of ``Trainer.test``, as the command line does; no bootstrap, no figure, no file.
+
+    Args:
+        network: what is evaluated.
+        images: what on.
+        more: scores beside the eight.
+        options: of the data module.
+    """
+    evaluation = OODEvaluation(one_pass_scores() | (more or {}), bootstrap=0, figures=False)
     module = Classifier(network, optimizer=torch.optim.SGD)
     with quiet():
         trainer = Trainer(
@@ -115,7 +129,7 @@ def run_ours(network: Backbone, images: dict[str, Tensor]) -> OODEvaluation:
             inference_mode=False,
             callbacks=[evaluation],
         )
-        trainer.test(module, Patterns(images), verbose=False)
+        trainer.test(module, Patterns(images, **options), verbose=False)
     return evaluation
 
 

@@ -5,12 +5,12 @@ from typing import Any
 import torch
 from pytorch_ood.api import Detector
 from pytorch_ood.benchmark.base import Benchmark
-from pytorch_ood.detector import GMM, KNN, EnergyBased, Mahalanobis, MaxLogit, MaxSoftmax
+from pytorch_ood.detector import GMM, KNN, EnergyBased, KLMatching, Mahalanobis, MaxLogit, MaxSoftmax, ReAct
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, TensorDataset
 
 from backbones.backbone import Backbone
-from benchmarks.job import BATCH, NEIGHBOUR, labels_of, normalize
+from benchmarks.job import BATCH, NEIGHBOUR, QUANTILE, labels_of, normalize
 
 
 class Model(nn.Module):
@@ -48,7 +48,7 @@ class PatternsBenchmark(Benchmark):
 
 
 def detectors(network: Backbone, shared_encoder: bool = False) -> dict[str, Detector]:
-    """Make the six, under our names.
+    """Make the eight, under our names.
 
     Args:
         network: what they detect with.
@@ -57,14 +57,16 @@ def detectors(network: Backbone, shared_encoder: bool = False) -> dict[str, Dete
     """
     model = Model(network)
     features = model.features
-    encoders = [features if shared_encoder else model.features for _ in range(3)]
+    encoders = [features if shared_encoder else model.features for _ in range(4)]
     return {
         "msp": MaxSoftmax(model),
         "max_logit": MaxLogit(model),
         "energy": EnergyBased(model),
+        "kl_matching": KLMatching(model),
         "mahalanobis": Mahalanobis(encoders[0]),
         "gmm": GMM(encoders[1]),
         "knn": KNN(encoders[2], k=NEIGHBOUR),
+        "react": ReAct(encoders[3], network.head, percentile=QUANTILE),
     }
 
 

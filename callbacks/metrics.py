@@ -47,9 +47,18 @@ def rank(id_scores: ArrayLike | Tensor, ood_scores: ArrayLike | Tensor, *, name:
     Ranking(values=array([1., 2., 3.]), id_counts=array([1, 1, 0]), ood_counts=array([0, 1, 1]))
     """
     known, unknown = _scores(id_scores, f"{name}, ID"), _scores(ood_scores, f"{name}, OOD")
-    values, places = np.unique(np.concatenate([known, unknown]), return_inverse=True)
-    id_counts = np.bincount(places[: len(known)], minlength=len(values))
-    return Ranking(values, id_counts, np.bincount(places[len(known) :], minlength=len(values)))
+    values, counts = np.unique(np.concatenate([known, unknown]), return_counts=True)
+    id_counts = _count(values, known)
+    return Ranking(values, id_counts, counts - id_counts)
+
+
+def narrow(ranking: Ranking, id_scores: ArrayLike | Tensor) -> Ranking:
+    """Leave only these (N,) of the ID samples behind a ranking; their scores are not sorted among the OOD scores again.
+
+    >>> narrow(rank([1.0, 2.0], [2.0, 3.0]), [2.0]).id_counts
+    array([0, 1, 0])
+    """
+    return ranking._replace(id_counts=_count(ranking.values, _scores(id_scores, "the narrowed ID scores")))
 
 
 def auroc(ranking: Ranking) -> float:
@@ -190,6 +199,12 @@ def _retrieved(ranking: Ranking, positive: Side) -> tuple[Counts, Counts]:
     return hits, misses
 
 
+def _count(values: NDArray[np.float64], scores: NDArray[np.float64]) -> Counts:
+    """Count how many scores have each of the sorted values; all have one."""
+    # a search for sorted scores goes on where the last one ended
+    return np.bincount(np.searchsorted(values, np.sort(scores)), minlength=len(values))
+
+
 def _places_below_percentile(values: NDArray[np.float64], hits: Counts, share: Fraction) -> int:
     """Count the distinct values strictly below the interpolated percentile of the samples behind ``hits``."""
     position = share * (int(hits[-1]) - 1)
@@ -318,7 +333,8 @@ class OODMetrics(Metric):
             correct = (predictions == labels)[labels != -1]
             metrics["accuracy"] = float(correct.double().mean())
             if correct.any():
-                metrics |= {"cauroc": cauroc(known, unknown, correct), "oscr": oscr(known, unknown, correct)}
+                among_correct = auroc(narrow(ranking, known[correct]))
+                metrics |= {"cauroc": among_correct, "oscr": among_correct * metrics["accuracy"]}
         return metrics
 
 

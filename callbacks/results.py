@@ -13,7 +13,16 @@ from typing import Any
 import numpy as np
 
 from callbacks.bootstrap import bootstrap
-from callbacks.metrics import MetricRules, cauroc, detection_accuracy, headline, macro_f1, oscr, rank, threshold_at_tpr
+from callbacks.metrics import (
+    MetricRules,
+    auroc,
+    detection_accuracy,
+    headline,
+    macro_f1,
+    narrow,
+    rank,
+    threshold_at_tpr,
+)
 from callbacks.samples import Samples
 
 SCHEMA_VERSION = 1
@@ -70,8 +79,8 @@ def summarize(
                         values |= {f"{metric}_low": low, f"{metric}_high": high}
                 values["detection_accuracy"] = detection_accuracy(ranking)
                 if correct.any():
-                    pair = known.scores[name], unknown.scores[name], correct
-                    values |= {"cauroc": cauroc(*pair), "oscr": oscr(*pair)}
+                    among_correct = auroc(narrow(ranking, known.scores[name][correct]))
+                    values |= {"cauroc": among_correct, "oscr": among_correct * float(correct.mean())}
                 if samples.classified and name in thresholds:
                     values["macro_f1"] = _macro_f1(known, unknown, name, thresholds[name], num_classes)
                 measured.append(values)

@@ -4,6 +4,7 @@ import re
 import pytest
 import torch
 
+from benchmarks import forwards, metrics
 from benchmarks.__main__ import NAMES, main
 from benchmarks.job import SIZES
 from benchmarks.measure import interleave, peak_growth, print_table, ratio, timing_rows
@@ -41,12 +42,38 @@ def test_runs_without_the_peer_and_says_so(name, run, no_peer):
 def test_runs_beside_the_peer_and_finds_the_same(name, run):
     printed = run(name)
     assert "not installed" not in printed
-    assert name == "forwards" or "same values" in printed
+    assert name in ("forwards", "training") or "same values" in printed  # those two compute nothing to compare
 
 
-def test_forwards_are_the_images_of_the_job(run, no_peer):
-    images = sum(round(size / 500) for size in SIZES.values())
-    assert re.search(rf"ours +{images} +{images} +1 += limit: met", run("forwards"))
+def test_forwards_are_the_images_of_the_job_and_what_gradient_scores_add(run, no_peer):
+    sizes = {name: round(size / 500) for name, size in SIZES.items()}
+    images, fitted, held_out = sum(sizes.values()), sizes["fit"], sizes["fit"] // 5
+    odin = images + 2 * (images - fitted)
+    layers = images + 3 * (images - fitted + held_out) + 7 * held_out
+    printed = run("forwards")
+    for scores, count in (("eight", images), ("eight, ODIN", odin), ("eight, LayeredMahalanobis", layers)):
+        assert re.search(rf"ours +{scores} +{count} +{count} +1 += limit: met", printed), scores
+
+
+def test_a_forward_too_many_is_an_error(run, no_peer, monkeypatch):
+    def one_job_twice(network, images):
+        (who, scores, job), *_ = our_jobs(network, images)
+        return [(who, scores, lambda: (job(), job()))]
+
+    our_jobs = forwards.our_jobs
+    monkeypatch.setattr(forwards, "our_jobs", one_job_twice)
+    with pytest.raises(RuntimeError, match="ours ran images through the network that need not: eight: "):
+        run("forwards")
+
+
+@pytest.mark.parametrize("who", ["with_sklearn", "with_pytorch_ood"])
+def test_metrics_that_differ_are_an_error(who, run, monkeypatch):
+    if who == "with_pytorch_ood" and not HAS_PEER:
+        pytest.skip("pytorch-ood is not installed")
+    measure = getattr(metrics, who)
+    monkeypatch.setattr(metrics, who, lambda *drawn: {**measure(*drawn), "fpr95": 0.5})
+    with pytest.raises(AssertionError, match="fpr95"):
+        run("metrics")
 
 
 def test_help_lists_every_benchmark(capsys):

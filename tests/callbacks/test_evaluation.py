@@ -24,6 +24,7 @@ from lightning_modules.scores.layered_mahalanobis import LayeredMahalanobis
 from lightning_modules.scores.logits import MSP, Energy, MaxLogit
 from lightning_modules.scores.odin import ODIN
 from lightning_modules.scores.pca import PCA
+from lightning_modules.scores.prototypes import KLMatching
 from lightning_modules.scores.react import ReAct
 from lightning_modules.scores.score import InputScore, Score
 from lightning_modules.scores.vim import ViM
@@ -117,7 +118,7 @@ def module(cls=Classifier, **kwargs):
 
 
 def one_pass_scores():
-    scores = [MSP(), MaxLogit(), Energy(), Mahalanobis(), GMMEnergy(), KNN(k=5)]
+    scores = [MSP(), MaxLogit(), Energy(), KLMatching(), Mahalanobis(), GMMEnergy(), KNN(k=5), ReAct()]
     return {type(score).__name__: score for score in scores}
 
 
@@ -137,12 +138,12 @@ def count_images(monkeypatch):
     return seen
 
 
-def test_six_scores_on_six_sets_take_one_forward_for_each_image(count_images):
+def test_eight_scores_on_six_sets_take_one_forward_for_each_image(count_images):
     evaluation = evaluate(OODEvaluation(one_pass_scores(), bootstrap=0, figures=False))
     images = TRAIN + TEST + sum(OOD_SIZES.values())
     assert sum(count_images) == images
     assert evaluation.results["forwards"] == {"images": images}
-    assert len(evaluation.results["rows"]) == 6 * 6
+    assert len(evaluation.results["rows"]) == 8 * 6
 
 
 def test_a_gradient_score_declares_and_takes_two_more(count_images):
