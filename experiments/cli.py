@@ -4,6 +4,7 @@ import math
 import os
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -224,10 +225,15 @@ class OODCLI(LightningCLI):
         return yaml.safe_dump(config, sort_keys=False)
 
 
+def naming(configs: Sequence[Any]) -> Any:
+    """Return the YAML that names the experiment: the last one that is no fragment, whose name begins with ``_``."""
+    return next((path for path in reversed(configs) if not Path(os.fspath(path)).name.startswith("_")), configs[-1])
+
+
 def _experiment_of(configs: list[Any] | None) -> str:
     if not configs:
         raise ValueError("which experiment? Give --config experiments/<method>/<setting>.yaml or --experiment a/b")
-    path = Path(os.fspath(configs[-1])).absolute()  # a link counts where it stands
+    path = Path(os.fspath(naming(configs))).absolute()  # a link counts where it stands
     return f"{path.parent.name}/{path.stem}"
 
 

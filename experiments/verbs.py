@@ -17,7 +17,7 @@ from callbacks.results import read_results, summarize
 from callbacks.run_record import FinishedRunError
 from callbacks.samples import Samples
 from callbacks.tables import print_results
-from experiments.cli import EXPERIMENTS, OODCLI
+from experiments.cli import EXPERIMENTS, OODCLI, naming
 from experiments.data import data
 from experiments.stages import stages
 
@@ -104,7 +104,7 @@ def evaluate(args: Sequence[str]) -> None:
     options, _ = parser.parse_known_args(args)
     given = ["--config", str(EXPERIMENTS / "_evaluate.yaml"), *args]
     if options.experiment is None:
-        given += ["--experiment", f"evaluate/{options.config[-1].stem if options.config else 'network'}"]
+        given += ["--experiment", f"evaluate/{naming(options.config).stem if options.config else 'network'}"]
     OODCLI(["test", *given])
 
 

@@ -1,6 +1,8 @@
 """``evaluate`` and ``stages``: networks without a run, runs at every stage, and scores that are fitted once."""
 
 import csv
+import importlib
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -13,8 +15,11 @@ import yaml
 from backbones.digits_net import DigitsNet
 from experiments.__main__ import main
 from experiments.stages import kept_checkpoints
+from lightning_modules.scores.score import Score
 
-DIGITS = str(Path(__file__).resolve().parent.parent.parent / "experiments" / "classifier" / "digits.yaml")
+ROOT = Path(__file__).resolve().parent.parent.parent
+EXPERIMENTS = ROOT / "experiments"
+DIGITS = str(EXPERIMENTS / "classifier" / "digits.yaml")
 QUIET = ["--trainer.logger", "false", "--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu"]
 QUIET += ["--evaluation.figures", "false", "--evaluation.bootstrap", "0"]
 SCORES = {
@@ -249,3 +254,17 @@ def test_a_curve_needs_two_points(checkpoints, capsys):
     assert "holds 1 checkpoint, and a curve needs two: train with --keep_every_n_epochs" in capsys.readouterr().err
     assert main(["stages", str(folder.parent / "seed7")]) == 2
     assert "holds no run" in capsys.readouterr().err
+
+
+def test_every_score_is_in_the_list_of_all(network):
+    everything = EXPERIMENTS / "_all_scores.yaml"
+    text = everything.read_text()
+    for path in (ROOT / "lightning_modules" / "scores").glob("*.py"):
+        module = importlib.import_module(f"lightning_modules.scores.{path.stem}")
+        for name, kind in vars(module).items():
+            if inspect.isclass(kind) and issubclass(kind, Score) and kind.__module__ == module.__name__:
+                assert inspect.isabstract(kind) or f"scores.{path.stem}.{name}" in text, name
+    assert evaluate(network, "--config", str(everything)) == 0
+    results, _ = record(network)
+    assert {row["score"] for row in results["rows"]} == set(yaml.safe_load(text)["evaluation"]["scores"])
+    assert all(np.isfinite(row["auroc"]) for row in results["rows"])
