@@ -323,7 +323,10 @@ class Own(Backbone):
         (["--model.init_args.optimizer", "torch.optim.SDG"], "did you mean SGD"),
         (["--data.init_args.mean", "null", "--data.init_args.std", "null"], "nobody normalises"),
         (["--model.init_args.backbone.init_args.weights", "no.pt"], "no weights at"),
-        (["--model.init_args.backbone.init_args.weights", "run:classifier/nothing"], "make classifier-nothing"),
+        (
+            ["--model.init_args.backbone.init_args.weights", "run:classifier/nothing"],
+            "experiments/classifier/nothing.yaml would make it, which is not there either",
+        ),
         (["--data.init_args.batch_size", "100000"], "does not fill one batch of 100000"),
     ],
 )

@@ -102,7 +102,7 @@ def test_a_network_is_evaluated_without_a_run_and_fitted_once(network, capsys):
         (["--data.init_args.split_seed", "1"], set()),
         (["--trainer.precision", "64-true"], set()),
         (["--trainer.limit_test_batches", "2"], set()),
-        (["--trainer.limit_test_batches", "1"], set()),
+        (["--trainer.limit_test_batches", "1"], None),
         (["--data.init_args.eval_batch_size", "50"], {"gmm", "layered", "both"}),
         (["weights"], set()),
         (["damage"], {"layered", "both"}),
@@ -117,13 +117,19 @@ def test_scores_are_fitted_again_where_something_changed(network, change, restor
         file = network.parent / "checkpoints" / "evaluate" / "network" / "seed0" / "fitted" / "gmm.pt"
         file.write_bytes(file.read_bytes()[:-900])
     assert evaluate(network, "--overwrite", "true", *(change if len(change) > 1 else [])) == 0
-    assert set(record(network)[0]["restored"]) == restored
+    results, _ = record(network)
+    if restored is None:  # the parser may take 1 for the whole, depending on what was imported before it
+        restored = set() if results["truncated"] else {"gmm", "layered", "both"}
+    assert set(results["restored"]) == restored
     assert ("is damaged" in caplog.text) == (change == ["damage"])
 
 
 def test_what_a_truncated_test_has_fitted_is_not_kept(network):
     assert evaluate(network, "--trainer.limit_test_batches", "1") == 0
+    truncated = record(network)[0]["truncated"]
     assert evaluate(network, "--overwrite", "true") == 0
+    assert (record(network)[0]["restored"] == []) == truncated
+    assert evaluate(network, "--overwrite", "true", "--trainer.limit_test_batches", "3") == 0
     assert record(network)[0]["restored"] == []
 
 

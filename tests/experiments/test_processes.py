@@ -73,6 +73,7 @@ def run(folder, processes, precision):
     name = f"p{processes}_{precision}"
     callback = {"class_path": "savestate.SaveState", "init_args": {"path": str(folder / f"{name}.pt")}}
     command = [sys.executable, "-m", "experiments", "test", "--config", str(folder / "many.yaml")]
+    command += ["--config", str(ROOT / "experiments" / "_all_scores.yaml")]
     command += ["--experiment", "tests/many", "--name", name, "--trainer.devices", str(processes)]
     command += ["--trainer.callbacks+", json.dumps(callback), "--trainer.precision", precision]
     env = os.environ | {"OOD_CHECKPOINTS": str(folder), "OMP_NUM_THREADS": "1", "OOD_TRACEBACK": "1"}
@@ -106,7 +107,8 @@ def test_every_image_is_evaluated_exactly_once(records, processes):
         rows = samples["split"] == list(samples["splits"]).index(split)
         assert samples["ids"][rows].tolist() == list(range(size))
     held_out = results["splits"]["calibration"]["size"]
-    assert results["forwards"]["images"] == SIZES["train"] + 83 + 50 + 1
+    to_fit_on = SIZES["train"] - held_out  # in two passes
+    assert results["forwards"]["images"] == 2 * to_fit_on + held_out + 83 + 50 + 1
     assert (samples["split"] == list(samples["splits"]).index("calibration")).sum() == held_out
     assert not results["truncated"]
 
@@ -117,7 +119,8 @@ def test_scores_and_metrics_equal_those_of_one_process(records, processes):
     assert samples_n.keys() == samples_1.keys()
     for name, values in samples_1.items():
         if name.startswith("score/"):
-            np.testing.assert_allclose(samples_n[name], values, rtol=1e-4, err_msg=name)
+            # a difference of distances may be next to nothing
+            np.testing.assert_allclose(samples_n[name], values, 1e-4, 1e-5 * np.abs(values).max(), err_msg=name)
         else:
             np.testing.assert_array_equal(samples_n[name], values, err_msg=name)
     for row_1, row_n in zip(results_1["rows"], results_n["rows"], strict=True):
@@ -135,4 +138,7 @@ def test_fitted_statistics_equal_those_of_one_process(folder):
                 other = states[processes][name][key]
                 if key == "bank":  # a set of rows: every order gives the same neighbours
                     value, other = value[value[:, 0].argsort()], other[other[:, 0].argsort()]
-                np.testing.assert_allclose(other, value, rtol=1e-9, atol=1e-12, err_msg=f"{name}.{key}")
+                least = 1e-12 + 1e-9 * float(
+                    value.double().abs().max()
+                )  # of directions, small entries are the less certain
+                np.testing.assert_allclose(other, value, rtol=1e-9, atol=least, err_msg=f"{name}.{key}")
