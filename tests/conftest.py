@@ -1,10 +1,14 @@
 import os
+import signal
 
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small work: threads would only get in each other's way
 os.environ["WANDB_MODE"] = "disabled"  # the wandb test turns it on for itself
 os.environ.setdefault("MPLBACKEND", "agg")
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # a shell's background jobs ignore it, and so would the children
 os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"  # Lightning calls what jsonargparse has renamed
 
 
