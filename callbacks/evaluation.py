@@ -4,7 +4,6 @@ import re
 import shutil
 import time
 from collections import defaultdict
-from dataclasses import asdict
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -18,13 +17,12 @@ from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 
-from backbones.weights import file_sha256, origins, weights_sha256
+from backbones.weights import weights_sha256
 from callbacks.figures import histogram_figure, roc_figure
 from callbacks.fitted_scores import fitting_key, keep_fitted, read_fitted
+from callbacks.identity import identify
 from callbacks.metrics import metric_rules
-from callbacks.provenance import git_revision, hardware, package_versions
 from callbacks.results import HEADLINE, summarize, write_results
-from callbacks.run_record import read_run
 from callbacks.samples import Samples
 from datamodules.datamodule import OODDataModule
 from lightning_modules.distributed import gather_rows, sum_over_processes
@@ -218,7 +216,7 @@ class OODEvaluation(Callback):
             if isinstance(score, InputScore)
         }
         self.results = {
-            **self._identity(trainer, module, data),
+            **identify(trainer, module, data, self.run_folder),
             "truncated": sum(trainer.num_test_batches) < sum(map(len, _loaders(trainer).values())),
             "forwards": {"images": images, **extra},
             "seconds": round(time.perf_counter() - self._started, 3),
@@ -285,48 +283,6 @@ class OODEvaluation(Callback):
         merged = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         keys = {name: merged.pop(name) for name in ("split", "ids", "labels", "predictions")}
         return Samples(tuple(splits), scores=merged, repeats=repeats, **keys)
-
-    def _identity(self, trainer: Trainer, module: OODModule, data: OODDataModule) -> dict[str, Any]:
-        """Say what was evaluated, on what, by what."""
-        checkpoint = trainer.ckpt_path
-        epoch = None
-        if checkpoint is not None:
-            epoch = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["epoch"]
-        outliers = None
-        if data.outlier_feed is not None:
-            outliers = {
-                "source": data.sets["outliers"].source,
-                "feed": data.outlier_feed,
-                "size": data.sizes["outliers"],
-                "fingerprint": data.fingerprints["outliers"],
-                "duplicates": None if self.run_folder is None else read_run(self.run_folder).get("duplicates"),
-            }
-        names = self.run_folder.parts[-3:] if self.run_folder is not None else ("", "", "")
-        return {
-            "experiment": "/".join(names[:2]),
-            "name": names[2],
-            "method": type(module).__name__,
-            "seed": data.seed,
-            "num_classes": data.num_classes,
-            "protocol": data.protocol,
-            "known": data.known,
-            "subset": asdict(data.subset),
-            "ood_subset": {key: getattr(data.ood_subset, key) for key in ("rule", "count", "repeats")},
-            "checkpoint": None if checkpoint is None else Path(checkpoint).name,
-            "checkpoint_sha256": None if checkpoint is None else file_sha256(checkpoint),
-            "epoch": epoch,
-            "git_revision": git_revision(),
-            "packages": package_versions(),
-            "hardware": hardware(module.device),
-            "processes": trainer.world_size,
-            "weights": origins(module),
-            "weights_sha256": weights_sha256(module),
-            "splits": {
-                name: {"size": data.sizes[name], "fingerprint": fingerprint}
-                for name, fingerprint in data.fingerprints.items()
-            },
-            "outliers": outliers,
-        }
 
     def _draw(self, samples: Samples, data: OODDataModule, module: OODModule) -> dict[str, Figure | str]:
         figures = module.figures()
