@@ -173,6 +173,7 @@ def test_formats_change_nothing_but_rounding(build):
     assert (half - expected).abs().max() < 0.05 * expected.abs().max()
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # inside the compiler of torch 2.11
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("build", [MNISTAutoencoder, partial(ResNetAutoencoder, 18), partial(ResNetAutoencoder, 50)])
