@@ -98,12 +98,12 @@ def test_a_network_is_evaluated_without_a_run_and_fitted_once(network, capsys):
         (["--evaluation.scores.gmm.init_args.tap", "max"], {"layered", "both"}),
         (["--evaluation.scores.extra", "lightning_modules.scores.knn.KNN"], {"gmm", "layered", "both"}),
         (["--data.init_args.fit_limit", "300"], set()),
-        (["--data.init_args.mean", "[0.4]"], set()),
-        (["--data.init_args.split_seed", "1"], set()),
-        (["--trainer.precision", "64-true"], set()),
-        (["--trainer.limit_test_batches", "2"], set()),
-        (["--trainer.limit_test_batches", "1"], None),
-        (["--data.init_args.eval_batch_size", "50"], {"gmm", "layered", "both"}),
+        pytest.param(["--data.init_args.mean", "[0.4]"], set(), marks=pytest.mark.slow),
+        pytest.param(["--data.init_args.split_seed", "1"], set(), marks=pytest.mark.slow),
+        pytest.param(["--trainer.precision", "64-true"], set(), marks=pytest.mark.slow),
+        pytest.param(["--trainer.limit_test_batches", "2"], set(), marks=pytest.mark.slow),
+        pytest.param(["--trainer.limit_test_batches", "1"], None, marks=pytest.mark.slow),
+        pytest.param(["--data.init_args.eval_batch_size", "50"], {"gmm", "layered", "both"}, marks=pytest.mark.slow),
         (["weights"], set()),
         (["damage"], {"layered", "both"}),
     ],
@@ -183,6 +183,7 @@ def test_a_disk_that_is_full_costs_no_result(network, monkeypatch, caplog):
     assert record(network)[0]["rows"]
 
 
+@pytest.mark.slow
 def test_kept_scores_are_those_of_the_precision(network):
     exact = ["--trainer.precision", "64-true", "--overwrite", "true"]
     assert evaluate(network, *exact) == 0
