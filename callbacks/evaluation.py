@@ -19,7 +19,7 @@ from torch import Tensor
 
 from backbones.weights import weights_sha256
 from callbacks.figures import histogram_figure, roc_figure
-from callbacks.fitted_scores import fitting_key, keep_fitted, read_fitted
+from callbacks.fitted_scores import code_sha256, fitting_key, keep_fitted, read_fitted
 from callbacks.identity import identify
 from callbacks.metrics import metric_rules
 from callbacks.results import HEADLINE, summarize, write_results
@@ -116,6 +116,7 @@ class OODEvaluation(Callback):
         if self.folder is None or settings.keys() != self.scores.keys() or not whole:
             return
         common = {
+            "code": code_sha256(),
             "weights": weights_sha256(module),
             "model": self.configuration["model"],
             "images": [data.fingerprints.get(name) for name in ("fit", "calibration")],

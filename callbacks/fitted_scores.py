@@ -19,17 +19,22 @@ INSTALLED = tuple(Path(sysconfig.get_path(name)).resolve() for name in ("stdlib"
 log = logging.getLogger(__name__)
 
 
-def fitting_key(*dependencies: Any) -> str:
-    """Hash what a fitted score depends on: JSON values, the versions of packages, and all code that is not installed.
+def code_sha256() -> str:
+    """Hash the versions of packages and all code that is not installed: ours and the user's, as far as it is imported.
 
-    That is ours and the user's, as far as it is imported: which of it decides what a network sees cannot be told.
+    Which of it decides what a network sees cannot be told.
     """
-    digest = hashlib.sha256(json.dumps([dependencies, package_versions()], sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(package_versions(), sort_keys=True).encode())
     files = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
     for path in sorted({Path(file).resolve() for file in files if file and file.endswith(".py")}):
         if path.is_file() and not any(path.is_relative_to(folder) for folder in INSTALLED):
             digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
+
+
+def fitting_key(*dependencies: Any) -> str:
+    """Hash what a fitted score depends on, as JSON."""
+    return hashlib.sha256(json.dumps(dependencies, sort_keys=True).encode()).hexdigest()
 
 
 def keep_fitted(path: Path, score: Score, key: str) -> None:

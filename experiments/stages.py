@@ -41,18 +41,14 @@ class StageCLI(OODCLI):
 
     def after_instantiate_classes(self) -> None:
         """Leave out what an earlier call has done with the same checkpoint and configuration."""
-        self.done = not self.settings.overwrite and self._is_done(self.folder / self.stage)
+        folder = self.folder / self.stage
+        results = read_results(folder) if (folder / "results.json").is_file() else {}
+        # a run that went on since, or was made anew, has another checkpoint of this epoch
+        same = results.get("checkpoint_sha256") == file_sha256(self.checkpoint)
+        self.settings.overwrite |= not same
+        self.done = not self.settings.overwrite and not differences(results["configuration"], self.configuration)
         if not self.done:
             super().after_instantiate_classes()
-
-    def _is_done(self, folder: Path) -> bool:
-        if not (folder / "results.json").is_file():
-            return False
-        results = read_results(folder)
-        if results["checkpoint_sha256"] != file_sha256(self.checkpoint):  # the run went on since
-            self.settings.overwrite = True
-            return False
-        return not differences(results["configuration"], self.configuration)
 
     def _run_subcommand(self, subcommand: str) -> None:
         if not self.done:
