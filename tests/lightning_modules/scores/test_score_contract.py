@@ -166,7 +166,8 @@ def test_any_split_fits_the_same(name, batch):
     assert set(score.state_dict()) == set(expected.state_dict())
     for key, value in expected.state_dict().items():
         difference = (score.state_dict()[key].double() - value.double()).abs().max()
-        assert difference <= 1e-12 * value.double().abs().max() + 1e-14, key
+        zero = 1e-14 if name.startswith("pca") else 0  # around which projected features are centred
+        assert difference <= 1e-12 * value.double().abs().max() + zero, key
 
 
 @pytest.mark.parametrize("name", [name for name in FITTED if name not in (*SAMPLED, "knn", "pca_whitened")])
