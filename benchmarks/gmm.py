@@ -18,7 +18,7 @@ from sklearn.mixture import GaussianMixture
 
 from benchmarks.features import Gaussians, evidence, fit, gaussians, print_fit_memory, queries
 from benchmarks.measure import COLUMNS, has_peer, interleave, print_table, timing_rows
-from lightning_modules.scores.gaussian import GMMEnergy
+from lightning_modules.scores.gmm import GMMEnergy
 
 NO_TARGETS = {"pytorch-ood": None, "scikit-learn": None}
 

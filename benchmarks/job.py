@@ -17,7 +17,8 @@ from datamodules.datamodule import OODDataModule
 from datamodules.images import ArrayImages
 from datamodules.sets import OODSet, Sets
 from lightning_modules.classifier import Classifier
-from lightning_modules.scores.gaussian import GMMEnergy, Mahalanobis
+from lightning_modules.scores.gaussian import Mahalanobis
+from lightning_modules.scores.gmm import GMMEnergy
 from lightning_modules.scores.knn import KNN
 from lightning_modules.scores.logits import MSP, Energy, MaxLogit
 from lightning_modules.scores.prototypes import KLMatching

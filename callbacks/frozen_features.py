@@ -16,6 +16,7 @@ from torch import Tensor
 
 from backbones import weights
 from callbacks.cached_evidence import CachedEvidence, DeviceEvidence, to_columns
+from callbacks.cached_fit import fit_scores
 from callbacks.feature_cache import FeatureCache
 from datamodules.augmentation import Augmentation
 from datamodules.batch import Batch
@@ -34,7 +35,8 @@ class FrozenFeatures(Callback):
     """Extracts what ``encode`` says of every training image, ID and outliers alike, and trains on that.
 
     Where training starts, what is not in the cache yet is extracted and the data module serves ``EvidenceBatch``, in
-    float32, in place of images. A cache belongs to the weights and the structure of what is frozen, to the training
+    float32, in place of images; scores that are parts of the method, such as a prior, are fitted on it first, unless a
+    checkpoint has brought them. A cache belongs to the weights and the structure of what is frozen, to the training
     images and how they are normalised, to the arrays and the precision; not to the seed or the batch size. What a key
     cannot tell, such as changed code, is found by encoding some images again. Runs that want the same cache at once
     wait for the first; processes of a run share the work, and the folder.
@@ -73,6 +75,7 @@ class FrozenFeatures(Callback):
             with _alone(trainer, self.cache.folder):
                 self._complete(trainer, module, data, images, probes)
         rows = CachedEvidence(self.cache, images.labels)
+        _together(trainer, lambda: fit_scores(trainer, module, rows, data.fit_rows))
         data.serve(_together(trainer, lambda: DeviceEvidence(rows, trainer)) if self.on_device else rows)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -34,6 +34,7 @@ class OODDataModule(LightningDataModule, ABC):
             classes; (C, H, W); OOD set -> near or far; and by name of split (``train``, ``fit``, ``calibration``,
             ``id``, ``outliers``, or an OOD set) the images, their number, and the SHA-256 of what they are.
         repeats: known after ``setup``: OOD set -> for each repeat of ``ood_subset``, the ids of its images.
+        fit_rows: known after ``setup``: which of the ID training images, as they are trained on, scores are fitted on.
         normalizes: whether images are normalised here rather than by the network.
         fit_passes: how often ``test_dataloader`` presents the training images first; the evaluation says so.
         before_test: what ``test_dataloader`` calls first; by then, the network has its weights.
@@ -73,6 +74,7 @@ class OODDataModule(LightningDataModule, ABC):
     sizes: dict[str, int]
     fingerprints: dict[str, str]
     repeats: dict[str, list[Tensor]]
+    fit_rows: Tensor
     fit_passes: int = 0
     before_test: Callable[[], None] | None = None
     protocol: str | None = None
@@ -271,8 +273,10 @@ class OODDataModule(LightningDataModule, ABC):
             kept, held_out = stratified_split(train.labels, self.val_split, self.split_seed, self.classes)
             splits = {"train": Rows(train, kept), "calibration": Rows(train, held_out)}
         fit = splits["train"]
+        self.fit_rows = torch.arange(len(fit))
         if self.fit_limit is not None and self.fit_limit < len(fit):
-            fit = Rows(fit, draw(len(fit), self.fit_limit, self.split_seed))
+            self.fit_rows = draw(len(fit), self.fit_limit, self.split_seed)
+            fit = Rows(fit, self.fit_rows)
         return {"train": splits.pop("train"), "fit": fit} | splits
 
     def _pack(self, images: ImageSet) -> ImageSet:

@@ -13,7 +13,14 @@ MAY_IMPORT = {
     "callbacks": {"backbones", "datamodules", "lightning_modules"},
     "experiments": {"backbones", "callbacks", "datamodules", "lightning_modules"},
 }
-SHARED = {"ood_module", "evidence", "distributed", "losses", "scores"}  # what callbacks and methods may name
+SHARED = {
+    "ood_module",
+    "evidence",
+    "distributed",
+    "losses",
+    "samplers",
+    "scores",
+}  # open to callbacks and methods
 
 
 def violations(room, stem, source):

@@ -1,4 +1,4 @@
-"""Class-conditional Gaussians that share one covariance: the Mahalanobis distance and the mixture's energy."""
+"""Class-conditional Gaussians that share one covariance, and the Mahalanobis distance to their means."""
 
 import logging
 import math
@@ -9,7 +9,8 @@ from torch.nn import functional as F
 
 from lightning_modules.distributed import sum_over_processes
 from lightning_modules.evidence import Evidence
-from lightning_modules.scores.score import Score, read_tap
+from lightning_modules.scores.energy import EnergyScore
+from lightning_modules.scores.score import read_tap
 
 logger = logging.getLogger(__name__)
 
@@ -102,17 +103,7 @@ def squared_distances(points: Tensor, centroids: Tensor, absent: Tensor) -> Tens
     return expanded - least + exact
 
 
-def log_sum_exp(terms: Tensor) -> Tensor:
-    """Logsumexp over the rows of (B, K) terms, of which each row has a finite one: (B,).
-
-    Terms by more than 80 below the largest count as if they were 80 below it: exp(-80) = 2e-35 changes no digit of a
-    float64, while exp spends its time on arguments that underflow.
-    """
-    largest = terms.amax(1)
-    return largest + (terms - largest[:, None]).clamp_min(-80).exp().sum(1).log()
-
-
-class ClassGaussians(Score):
+class ClassGaussians(EnergyScore):
     """N(mu_c, Sigma) for each class, fitted in closed form: class means, one biased pooled covariance.
 
     Attributes:
@@ -130,7 +121,7 @@ class ClassGaussians(Score):
 
     def __init__(self, tap: str, normalize: bool) -> None:
         super().__init__()
-        self.tap, self.normalize, self.taps = tap, normalize, frozenset({tap})
+        self.tap, self.unit_length, self.taps = tap, normalize, frozenset({tap})
         self._statistics: ClassStatistics | None = None
         for name in ("centre", "whitening", "centroids", "log_prior"):
             self.register_buffer(name, torch.empty(0))
@@ -138,7 +129,7 @@ class ClassGaussians(Score):
     def embed(self, evidence: Evidence) -> Tensor:
         """Return the (B, D) features that the Gaussians live on."""
         features = read_tap(evidence, self.tap).to(self.centre.dtype)
-        return F.normalize(features, dim=1) if self.normalize else features
+        return F.normalize(features, dim=1) if self.unit_length else features
 
     def update(self, evidence: Evidence, labels: Tensor) -> None:
         """Take in a batch; K is the width of its logits."""
@@ -194,31 +185,6 @@ class Mahalanobis(ClassGaussians):
     def __init__(self, tap: str = "penultimate", normalize: bool = False) -> None:
         super().__init__(tap, normalize)
 
-    def forward(self, evidence: Evidence) -> Tensor:
-        """Score (B,) images."""
-        return self.distances(self.embed(evidence)).amin(1)
-
-
-class GMMEnergy(ClassGaussians):
-    """Negative log-density of the mixture, -logsumexp_c[log pi_c + log N(z; mu_c, Sigma)], constants included.
-
-    Higher = more OOD. The prior energy of Lafon et al., "Hybrid Energy Based Model in the Feature Space for
-    Out-of-Distribution Detection", ICML 2023.
-
-    Args:
-        tap: the features z.
-        normalize: whether to divide each feature vector by its L2 norm first.
-    """
-
-    def __init__(self, tap: str = "penultimate", normalize: bool = True) -> None:
-        super().__init__(tap, normalize)
-
     def energy(self, features: Tensor) -> Tensor:
-        """Energy (B,) of (B, D) embedded features; differentiable."""
-        mixture = log_sum_exp(self.log_prior - self.distances(features) / 2)
-        log_scale = len(self.centre) / 2 * math.log(2 * math.pi) - self.whitening.diagonal().log().sum()
-        return log_scale - mixture
-
-    def forward(self, evidence: Evidence) -> Tensor:
-        """Score (B,) images."""
-        return self.energy(self.embed(evidence))
+        """Distance (B,) of (B, D) embedded features."""
+        return self.distances(features).amin(1)

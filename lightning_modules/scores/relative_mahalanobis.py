@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from lightning_modules.evidence import Evidence
 from lightning_modules.scores.gaussian import ClassGaussians, squared_distances, turn
 
 
@@ -46,8 +45,8 @@ class RelativeMahalanobis(ClassGaussians):
         self.background = (self.whitening.double() @ (mean - self.centre.double())).to(self.background)
         self.shrinkage = (1 + spread.square()).rsqrt().to(self.shrinkage)
 
-    def forward(self, evidence: Evidence) -> Tensor:
-        """Score (B,) images."""
-        points = self.whiten(self.embed(evidence))
+    def energy(self, features: Tensor) -> Tensor:
+        """Difference (B,) of the distances of (B, D) embedded features."""
+        points = self.whiten(features)
         nearest = squared_distances(points, self.centroids, self.log_prior.isneginf()).amin(1)
         return nearest - ((points - self.background) * self.shrinkage).square().sum(1)

@@ -1,6 +1,8 @@
 """The contract that every score keeps."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,6 +26,21 @@ def read_tap(evidence: Evidence, tap: str) -> Tensor:
     if tap not in evidence.features:
         raise ValueError(f"the evidence has no features {tap!r}, only {', '.join(sorted(evidence.features))}")
     return widen(evidence.features[tap])
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Multiply matrices in the type that they have: neither in half precision, by autocast, nor in TensorFloat-32.
+
+    Distances, densities and the small steps of a chain would be rounded away.
+    """
+    chosen = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(chosen)
 
 
 class Score(nn.Module, ABC):
@@ -83,8 +100,7 @@ class Score(nn.Module, ABC):
         """Score, after making sure that the score is fitted."""
         if not self.fitted:
             raise RuntimeError(f"{type(self).__name__} is not fitted: it needs {self.needs}")
-        # Under autocast the matrix products of distances and densities would round to half precision.
-        with torch.autocast(self.finished.device.type, enabled=False):
+        with full_precision(self.finished.device):
             return super().__call__(*args)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:

@@ -6,10 +6,11 @@ from torch import Tensor
 
 from backbones.backbone import Backbone
 from lightning_modules.evidence import Evidence
+from lightning_modules.scores.energy import EnergyScore
 from lightning_modules.scores.score import InputScore, Score
 
 
-class Wrapper(Score):
+class Wrapper(EnergyScore):
     """Fits itself in a first pass, then hands the evidence that it has changed on to a score of its own.
 
     A subclass gives ``learn``, ``conclude``, and ``transform`` or ``relabel``.
@@ -67,3 +68,32 @@ class Wrapper(Score):
     def forward(self, evidence: Evidence) -> Tensor:
         """Score (B,) images."""
         return self.score(self.transform(evidence))
+
+    @property
+    def unit_length(self) -> bool:  # type: ignore[override]
+        """Whether the features that the inner energy is defined on have length 1."""
+        return self._energy.unit_length
+
+    def embed(self, evidence: Evidence) -> Tensor:
+        """Return the features on which the inner energy is defined."""
+        return self._energy.embed(self.transform(evidence))
+
+    def energy(self, features: Tensor) -> Tensor:
+        """Inner energy (B,) of embedded features."""
+        return self._energy.energy(features)
+
+    def gradient(self, features: Tensor, classes: Tensor | None = None) -> Tensor:
+        """Gradient (B, D) of the inner energy."""
+        return self._energy.gradient(features, classes)
+
+    def sample(
+        self, number: int, shares: Tensor | None = None, temperature: float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Draw from the inner density."""
+        return self._energy.sample(number, shares, temperature)
+
+    @property
+    def _energy(self) -> EnergyScore:
+        if not isinstance(self.score, EnergyScore):
+            raise TypeError(f"{type(self.score).__name__} is no energy of features, and so it is not around it")
+        return self.score

@@ -18,7 +18,8 @@ from datamodules.sets import OODSet, Sets
 from datamodules.splits import OODSubset, Subset
 from experiments.verbs import metrics
 from lightning_modules.classifier import Classifier
-from lightning_modules.scores.gaussian import GMMEnergy, Mahalanobis
+from lightning_modules.scores.gaussian import Mahalanobis
+from lightning_modules.scores.gmm import GMMEnergy
 from lightning_modules.scores.knn import KNN
 from lightning_modules.scores.layered_mahalanobis import LayeredMahalanobis
 from lightning_modules.scores.logits import MSP, Energy, MaxLogit

@@ -24,7 +24,7 @@ QUIET = ["--trainer.logger", "false", "--trainer.enable_progress_bar", "false", 
 QUIET += ["--evaluation.figures", "false", "--evaluation.bootstrap", "0"]
 SCORES = {
     "msp": "lightning_modules.scores.logits.MSP",
-    "gmm": {"class_path": "lightning_modules.scores.gaussian.GMMEnergy", "init_args": {"tap": "std"}},
+    "gmm": {"class_path": "lightning_modules.scores.gmm.GMMEnergy", "init_args": {"tap": "std"}},
     "layered": {
         "class_path": "lightning_modules.scores.layered_mahalanobis.LayeredMahalanobis",
         "init_args": {"taps": ["layer1", "penultimate"], "magnitudes": [0.0, 0.01]},
@@ -34,7 +34,7 @@ SCORES = {
         "init_args": {
             "members": {
                 "msp": "lightning_modules.scores.logits.MSP",
-                "gmm": "lightning_modules.scores.gaussian.GMMEnergy",
+                "gmm": "lightning_modules.scores.gmm.GMMEnergy",
             },
             "beta": float("-inf"),
         },

@@ -7,7 +7,8 @@ from scipy.stats import spearmanr
 
 from lightning_modules.evidence import Evidence
 from lightning_modules.scores.composition import Composition, compose
-from lightning_modules.scores.gaussian import GMMEnergy, Mahalanobis
+from lightning_modules.scores.gaussian import Mahalanobis
+from lightning_modules.scores.gmm import GMMEnergy
 from lightning_modules.scores.logits import MSP, Energy
 from lightning_modules.scores.odin import ODIN
 from lightning_modules.scores.score import Score

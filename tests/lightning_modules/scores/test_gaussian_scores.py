@@ -7,7 +7,8 @@ from sklearn.covariance import EmpiricalCovariance
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
 from lightning_modules.evidence import Evidence
-from lightning_modules.scores.gaussian import ClassStatistics, GMMEnergy, Mahalanobis, log_sum_exp
+from lightning_modules.scores.gaussian import ClassStatistics, Mahalanobis
+from lightning_modules.scores.gmm import GMMEnergy, log_sum_exp
 
 
 def evidence(features, num_classes=3):

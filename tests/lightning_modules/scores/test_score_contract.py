@@ -14,7 +14,8 @@ from lightning_modules.evidence import Evidence, observe
 from lightning_modules.scores.activations import ASH, DICE, SCALE
 from lightning_modules.scores.clipped import Clipped
 from lightning_modules.scores.composition import Composition
-from lightning_modules.scores.gaussian import GMMEnergy, Mahalanobis
+from lightning_modules.scores.gaussian import Mahalanobis
+from lightning_modules.scores.gmm import GMMEnergy
 from lightning_modules.scores.gradnorm import GradNorm
 from lightning_modules.scores.kmeans import KMeans
 from lightning_modules.scores.knn import KNN

@@ -12,7 +12,8 @@ from sklearn.neighbors import NearestNeighbors
 
 from lightning_modules.evidence import Evidence
 from lightning_modules.scores.clipped import Clipped
-from lightning_modules.scores.gaussian import GMMEnergy, Mahalanobis
+from lightning_modules.scores.gaussian import Mahalanobis
+from lightning_modules.scores.gmm import GMMEnergy
 from lightning_modules.scores.kmeans import KMeans
 from lightning_modules.scores.knn import KNN
 from lightning_modules.scores.logits import MSP

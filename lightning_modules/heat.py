@@ -1,0 +1,226 @@
+"""HEAT: a residual energy on a frozen network's features corrects a prior OOD score.
+
+The hybrid energy E_h = E_theta / T + E_q / T_q is trained so that the density exp(-E_h) is that of the ID features:
+Langevin chains that start from proposals descend E_h, and their ends are told from real features. Lafon, Ramzi, Rambour
+and Thome, "Hybrid Energy Based Model in the Feature Space for Out-of-Distribution Detection", ICML 2023.
+"""
+
+from typing import Any, Literal
+
+import torch
+from matplotlib.figure import Figure
+from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+
+from backbones.backbone import Backbone
+from backbones.residual_energy import ResidualEnergy
+from lightning_modules.distributed import sum_over_processes
+from lightning_modules.evidence import Evidence, EvidenceBatch, observe
+from lightning_modules.losses.contrastive_divergence import contrastive_divergence
+from lightning_modules.ood_module import Batch, Images, OODModule
+from lightning_modules.samplers.figure import chains_figure
+from lightning_modules.samplers.sgld import SGLD, ChainBuffer
+from lightning_modules.scores.energy import EnergyScore
+from lightning_modules.scores.hybrid_energy import HybridEnergy
+from lightning_modules.scores.score import full_precision
+
+FAR = 100.0  # chains are lost at so many times the length of the features and starts
+DRAWN = 256  # chains in the figure
+EXPLODED = 1000.0  # residual energies are lost at so many times what the regularization bounds them to
+
+
+class DivergenceError(ValueError):
+    """Chains or energies grew beyond all bounds, or are not numbers."""
+
+
+class HEAT(OODModule):
+    """Trains the residual of a ``HybridEnergy`` on cached features; backbone and prior stay as they are.
+
+    Its scores: ``heat``, the hybrid energy, and its two parts ``prior`` (E_q / T_q) and ``residual`` (E_theta / T).
+
+    Args:
+        backbone: the trained classifier.
+        prior: E_q; it is fitted on the ID training images before training begins.
+        residual: E_theta.
+        sgld: how chains descend.
+        optimizer: makes the optimiser from the parameters of the residual.
+        lr_scheduler: makes the schedule from the optimiser; None = constant.
+        lr_interval: whether the schedule steps after each epoch or after each step.
+        temperature: T.
+        prior_temperature: T_q.
+        regularization: weight of the mean squared residual energies, at least 0.
+        proposal: where chains start: standard ``normal`` noise, draws from the ``prior``, draws from it at a
+            temperature of their own (``prior_tempered``: for each batch uniform in 0 to 100), or the ``data``
+            themselves.
+        conditional: whether proposals have the classes of the batch, and chains descend the prior's energy given the
+            class.
+        include_starts: whether the starts count among the negatives, beside the ends of the chains.
+        data_noise: standard deviation of the noise that is added to real features and negatives.
+        chains: where some chains go on from the ends of earlier ones; None = all start afresh.
+    """
+
+    frozen = ("backbone",)
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        prior: EnergyScore,
+        residual: ResidualEnergy,
+        sgld: SGLD,
+        optimizer: OptimizerCallable,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        lr_interval: Literal["epoch", "step"] = "epoch",
+        temperature: float = 1.0,
+        prior_temperature: float = 1.0,
+        regularization: float = 10.0,
+        proposal: Literal["normal", "prior", "prior_tempered", "data"] = "prior",
+        conditional: bool = False,
+        include_starts: bool = True,
+        data_noise: float = 1e-4,
+        chains: ChainBuffer | None = None,
+    ) -> None:
+        super().__init__(backbone, optimizer, lr_scheduler, lr_interval)
+        if min(regularization, data_noise) < 0:
+            raise ValueError(
+                "regularization and data_noise must be at least 0, not "
+                f"regularization={regularization}, data_noise={data_noise}"
+            )
+        if conditional and chains is not None:
+            raise ValueError("chains that go on have no class of the batch: take conditional or chains, not both")
+        if conditional and proposal == "normal":
+            raise ValueError("noise has no class: conditional goes with another proposal")
+        self.energy = HybridEnergy(prior, residual, temperature, prior_temperature)
+        self.sgld, self.chains = sgld, chains
+        self.regularization, self.data_noise = regularization, data_noise
+        self.proposal, self.conditional, self.include_starts = proposal, conditional, include_starts
+        self.taps = set(prior.taps)
+
+    def setup(self, stage: str) -> None:
+        """Refuse parameters in half precision, in which densities and small steps vanish."""
+        if (precision := self.trainer.precision) in ("bf16-true", "16-true"):
+            raise ValueError(f"HEAT takes steps that {precision} rounds away: choose 32-true or bf16-mixed")
+
+    def encode(self, images: Images) -> Evidence:
+        """Return logits, penultimate features and those of the prior."""
+        return observe(self.backbone, images, self.taps)
+
+    def forward(self, images: Images) -> Evidence:
+        """Observe (B, C, H, W) images; ``scores`` are ``heat``, ``prior`` and ``residual``."""
+        evidence = observe(self.backbone, images, self.taps)
+        with full_precision(self.device):
+            residual, prior = self.energy.parts(self.energy.embed(evidence))
+        return evidence._replace(scores={"heat": residual + prior, "prior": prior, "residual": residual})
+
+    def training_step(self, batch: Batch | EvidenceBatch, batch_idx: int) -> Tensor:
+        """Return the loss of a batch of cached features.
+
+        Raises:
+            DivergenceError: chains or energies are lost; the parameters are still those before this step.
+        """
+        if not isinstance(batch, EvidenceBatch):
+            raise ValueError(
+                "HEAT trains on cached features, this batch holds images: add callbacks.frozen_features.FrozenFeatures "
+                "to trainer.callbacks+"
+            )
+        if (batch.labels < 0).any():
+            raise ValueError("HEAT is trained without outliers: leave out outlier_feed")
+        with full_precision(self.device):
+            real = self.energy.embed(batch.evidence)
+            if self.sgld.relu and (real < 0).any():
+                raise ValueError("some features are below 0, where chains cannot go: set sgld.relu to false")
+            starts, classes = self.propose(real, batch.labels)
+            loss, diagnostics = self.contrast(real, starts, classes)
+        self._real = real
+        self.log("train/loss", loss, prog_bar=True)
+        self.log_dict({f"train/{name}": value for name, value in diagnostics.items()})
+        return loss
+
+    def propose(self, real: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Draw where chains start, (B, D) and projected, and their classes (B,) where these count.
+
+        Args:
+            real: (B, D) embedded features of a batch.
+            labels: (B,).
+        """
+        classes, starts = labels, real
+        if self.proposal == "normal":
+            starts = torch.randn_like(real)
+        elif self.proposal != "data":
+            shares = labels.bincount(minlength=self.num_classes).to(real) if self.conditional else None
+            temperature = 100 * float(torch.rand(())) if self.proposal == "prior_tempered" else None
+            classes, starts = self.energy.prior.sample(len(real), shares, temperature)
+        if self.chains is not None:
+            starts = self.chains.mix(starts)
+        return self.sgld.project(starts, self.energy.unit_length), classes if self.conditional else None
+
+    def contrast(self, real: Tensor, starts: Tensor, classes: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of real features against the chains from some starts, and what is worth knowing of both.
+
+        Args:
+            real: (B, D) embedded features.
+            starts: (B, D), projected.
+            classes: (B,) of the chains where they count.
+        """
+        ends, gradient = starts, torch.zeros_like(starts)
+        for ends, gradient in self.sgld.walk(self.energy, starts, classes):  # noqa: B007
+            pass
+        self._check_chains(ends, torch.cat([real, starts]))
+        if self.chains is not None:
+            self.chains.keep(ends)
+        negatives = torch.cat([ends, starts]) if self.include_starts else ends
+        noise = self.data_noise
+        real_energy, real_prior = self.energy.parts(real + noise * torch.randn_like(real))
+        energy = self.energy.residual(negatives + noise * torch.randn_like(negatives)) / self.energy.temperature
+        self._check_energies(torch.cat([real_energy, energy]))
+        loss = contrastive_divergence(real_energy, energy, self.regularization)
+        with torch.no_grad():
+            known = {
+                "energy_real": real_energy.mean() + real_prior.mean(),
+                "energy_starts": self.energy.energy(starts).mean(),
+                "energy_ends": self.energy.energy(ends).mean(),
+                "residual_real": real_energy.mean(),
+                "residual_negatives": energy.mean(),
+                "last_gradient": gradient.norm(dim=1).mean(),
+                "movement": (ends - starts).norm(dim=1).mean(),
+            }
+            if self.regularization:
+                squares = real_energy.square().mean() + energy.square().mean()
+                # 1 where the residual says of each point all that the loss lets it, see contrastive_divergence
+                known["saturation"] = 2 * self.regularization * (squares / 2).sqrt()
+                # 1 where no multiple of the residual has a lower loss
+                known["balance"] = (energy.mean() - real_energy.mean()) / (2 * self.regularization * squares)
+        return loss, known
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Make a step, and raise a ``DivergenceError`` if it goes too far: before any checkpoint is written of it."""
+        super().optimizer_step(*args, **kwargs)
+        with torch.no_grad(), full_precision(self.device):
+            self._check_energies(self.energy.residual(self._real) / self.energy.temperature)
+
+    def _check_chains(self, ends: Tensor, others: Tensor) -> None:
+        bound = FAR * float(others.norm(dim=1).amax())
+        remedy = f"lower step_size or noise of {self.sgld}, or raise prior_temperature {self.energy.prior_temperature}"
+        self._check("the length of a chain's end", ends.norm(dim=1), bound, remedy)
+
+    def _check_energies(self, energies: Tensor) -> None:
+        bound = EXPLODED / (2 * self.regularization) if self.regularization else float("inf")
+        remedy = f"lower the learning rate, or raise regularization {self.regularization}"
+        self._check("a residual energy", energies.detach().abs(), bound, remedy)
+
+    def _check(self, what: str, values: Tensor, bound: float, remedy: str) -> None:
+        """Let every process raise where one is lost."""
+        worst = values.nan_to_num(float("inf"), float("inf")).amax()
+        if sum_over_processes((~(worst < bound)).float()):
+            reached = f"reaches {float(worst):.3g}, of at most {bound:.3g}" if worst.isfinite() else "is not a number"
+            raise DivergenceError(f"HEAT diverged in step {self.global_step}: {what} {reached}. Remedy: {remedy}")
+
+    def figures(self) -> dict[str, Figure]:
+        """Draw how energy, gradient and distance go along chains that start from proposals."""
+        if self.proposal == "data" or not self.sgld.steps:
+            return {}
+        with torch.random.fork_rng(), torch.no_grad(), full_precision(self.device):
+            torch.manual_seed(0)
+            labels = torch.arange(DRAWN, device=self.device) % self.num_classes
+            shape = DRAWN, self.energy.residual.num_features
+            starts, classes = self.propose(torch.zeros(shape, device=self.device), labels)
+            return {"chains": chains_figure(self.energy, starts, self.sgld.walk(self.energy, starts, classes))}

@@ -1,0 +1,1 @@
+"""Samplers: chains that draw from an energy."""

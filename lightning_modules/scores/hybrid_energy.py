@@ -1,0 +1,99 @@
+"""A prior energy of features and the residual energy that corrects it."""
+
+from torch import Tensor
+
+from backbones.backbone import Backbone
+from backbones.residual_energy import ResidualEnergy
+from backbones.weights import file_sha256, locate, read_checkpoint
+from lightning_modules.evidence import Evidence
+from lightning_modules.scores.energy import EnergyScore
+
+PART = "energy."  # what the module of HEAT calls it
+
+
+class HybridEnergy(EnergyScore):
+    """E_h(z) = E_theta(z) / T + E_q(z) / T_q of features z: a residual and a prior; higher = more OOD.
+
+    Lafon et al., "Hybrid Energy Based Model in the Feature Space for Out-of-Distribution Detection", ICML 2023. The
+    prior is fitted on ID training data like any score, the residual is trained by ``lightning_modules.heat``.
+
+    Args:
+        prior: E_q.
+        residual: E_theta.
+        temperature: T.
+        prior_temperature: T_q; it brings the prior to the scale of the residual.
+        weights: a trained run of HEAT, ``run:heat/<setting>[/<name>]``, or the path of its checkpoint, with the fitted
+            prior in it; None = a prior still to be fitted and a residual that is random.
+    """
+
+    def __init__(
+        self,
+        prior: EnergyScore,
+        residual: ResidualEnergy,
+        temperature: float = 1.0,
+        prior_temperature: float = 1.0,
+        weights: str | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("temperature", temperature), ("prior_temperature", prior_temperature)):
+            if not value > 0:
+                raise ValueError(f"{name} must be positive, not {value}")
+        self.prior, self.residual = prior.requires_grad_(False), residual
+        self.temperature, self.prior_temperature = temperature, prior_temperature
+        self.passes, self.taps = prior.passes, prior.taps
+        if weights is not None:
+            self._load(weights)
+
+    @property
+    def unit_length(self) -> bool:  # type: ignore[override]
+        """Whether the features of the prior have length 1."""
+        return self.prior.unit_length
+
+    def bind(self, backbone: Backbone | None) -> None:
+        """Let the prior copy what it needs, unless it has been loaded."""
+        if not hasattr(self, "origin"):
+            self.prior.bind(backbone)
+
+    def update(self, evidence: Evidence, labels: Tensor) -> None:
+        """Fit the prior."""
+        self.prior.update(evidence, labels)
+
+    def _finalize(self) -> None:
+        self.prior.finalize()
+
+    def embed(self, evidence: Evidence) -> Tensor:
+        """Return the (B, D) features of the prior."""
+        features = self.prior.embed(evidence)
+        if features.shape[1] != self.residual.num_features:
+            raise ValueError(
+                f"the prior is about {features.shape[1]} features, the residual reads {self.residual.num_features}: "
+                f"give it num_features {features.shape[1]}"
+            )
+        return features
+
+    def parts(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """E_theta / T and E_q / T_q, each (B,), of (B, D) embedded features; the hybrid energy is their sum."""
+        return self.residual(features) / self.temperature, self.prior.energy(features) / self.prior_temperature
+
+    def energy(self, features: Tensor) -> Tensor:
+        """Energy (B,) of (B, D) embedded features; differentiable."""
+        residual, prior = self.parts(features)
+        return residual + prior
+
+    def gradient(self, features: Tensor, classes: Tensor | None = None) -> Tensor:
+        """Gradient (B, D) of the energy; of the prior's energy given the class where there are ``classes``."""
+        residual = self.residual.gradient(features) / self.temperature
+        return residual.add_(self.prior.gradient(features, classes), alpha=1 / self.prior_temperature)
+
+    def _load(self, source: str) -> None:
+        path = locate(source)
+        checkpoint = read_checkpoint(path)
+        state = checkpoint.get("state_dict", {}) if isinstance(checkpoint, dict) else {}
+        own = {name.removeprefix(PART): value for name, value in state.items() if name.startswith(PART)}
+        if not own:
+            raise ValueError(f"{path} holds no energy of HEAT: it is the checkpoint of another method")
+        try:
+            self.load_state_dict(own)
+        except RuntimeError as error:
+            raise ValueError(f"{path} does not fit this energy, nothing was loaded: {error}") from error
+        self.origin = {"source": source, "file": path.name, "sha256": file_sha256(path)}
