@@ -4,6 +4,8 @@ import re
 import shutil
 import time
 from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -46,8 +48,9 @@ class OODEvaluation(Callback):
     """Fits the scores, scores every test image, and leaves results, figures and log entries.
 
     During ``test`` the ID training images (loader ``fit``) come first and stream into the scores that are not fitted
-    yet; then those that need it are calibrated on the held-out ID images. Of every later image only its id, label,
-    prediction and scores are kept. Ranks are gathered by image id, so any number of processes gives the result of one.
+    yet, those that are parts of the method included; then those that need it are calibrated on the held-out ID images.
+    Of every later image only its id, label, prediction and scores are kept. Ranks are gathered by image id, so any
+    number of processes gives the result of one.
 
     Args:
         scores: name -> score; the method's own scores join under the names that it gives them. What fitting learns is
@@ -77,6 +80,7 @@ class OODEvaluation(Callback):
         self.rules_name, self.rules = rules, metric_rules(rules)
         self.run_folder = None if folder is None else Path(folder)
         self.folder = None if folder is None else Path(folder, subfolder)
+        self.fitting = dict(scores)  # with the scores that are parts of the method, as model.<name>
         self.keys: dict[str, str] = {}  # score -> what it is fitted on, where that can be kept
         self.restored: list[str] = []
         self.configuration: dict[str, Any] = {}  # what the command line was asked for; goes into the record
@@ -96,6 +100,8 @@ class OODEvaluation(Callback):
             return
         for score in self.scores.values():
             module.taps |= score.taps
+        own = {f"model.{name}": part for name, part in module.named_children() if isinstance(part, Score)}
+        self.fitting = own | self.scores
         data.before_test = partial(self._ask_for_passes, trainer, module, data)
         if self._uncalibrated() and "calibration" not in data.sets:
             raise ValueError(
@@ -106,7 +112,7 @@ class OODEvaluation(Callback):
     def _ask_for_passes(self, trainer: Trainer, module: OODModule, data: OODDataModule) -> None:
         """Ask the data module for as many passes as the scores need that no earlier evaluation has fitted."""
         self._restore(trainer, module, data)
-        data.fit_passes = max((score.passes_left for score in self.scores.values()), default=0)
+        data.fit_passes = max((score.passes_left for score in self.fitting.values()), default=0)
 
     def _restore(self, trainer: Trainer, module: OODModule, data: OODDataModule) -> None:
         """Load the scores that an earlier evaluation has fitted on the same, all of it."""
@@ -123,10 +129,10 @@ class OODEvaluation(Callback):
             "normalization": [data.mean, data.std],
             "precision": trainer.precision,
         }
-        for name, score in self.scores.items():
+        for name, score in self.fitting.items():
             if score.fitted:  # there is nothing to fit
                 continue
-            self.keys[name] = fitting_key(common, settings[name])
+            self.keys[name] = fitting_key(common, settings.get(name))
             state = read_fitted(self._fitted_file(name), self.keys[name])
             if trainer.strategy.reduce_boolean_decision(state is not None) and state is not None:
                 score.to(torch.float64 if trainer.precision == "64-true" else None)
@@ -153,7 +159,7 @@ class OODEvaluation(Callback):
         self._images = 0
         self._calibration_forwards: dict[str, int] = {}
         self._started = time.perf_counter()
-        for score in self.scores.values():
+        for score in self.fitting.values():
             score.bind(module.backbone if module.num_classes else None)
             score.to(pl_module.device, torch.float64 if pl_module.dtype == torch.float64 else None)
 
@@ -182,7 +188,7 @@ class OODEvaluation(Callback):
         loader = list(_loaders(trainer))[dataloader_idx]
         if dataloader_idx < data.fit_passes:
             last = batch_idx + 1 == trainer.num_test_batches[dataloader_idx]
-            for name, score in self.scores.items():
+            for name, score in self.fitting.items():
                 if score.passes_left:
                     try:
                         score.update(evidence, labels)
@@ -205,7 +211,7 @@ class OODEvaluation(Callback):
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gather, compute, write, log."""
         module, data = _parts(trainer, pl_module)
-        samples = self._gather(trainer, data)
+        samples = self._gather(module, data, list(_loaders(trainer)))
         images = int(sum_over_processes(torch.tensor(self._images, device=pl_module.device)))
         if not trainer.is_global_zero:
             return
@@ -216,6 +222,8 @@ class OODEvaluation(Callback):
             for name, score in self.scores.items()
             if isinstance(score, InputScore)
         }
+        if module.extra_forwards:
+            extra["model"] = module.extra_forwards * images
         self.results = {
             **identify(trainer, module, data, self.run_folder),
             "truncated": sum(trainer.num_test_batches) < sum(map(len, _loaders(trainer).values())),
@@ -231,7 +239,7 @@ class OODEvaluation(Callback):
             samples.save(self.folder / "scores.npz")
             write_results(self.folder, self.results)
             for name in self.keys.keys() - set(self.restored):
-                keep_fitted(self._fitted_file(name), self.scores[name], self.keys[name])
+                keep_fitted(self._fitted_file(name), self.fitting[name], self.keys[name])
             rank_zero_info(f"results: {self.folder / 'results.json'}")
         self._log(trainer, self._draw(samples, data, module))
 
@@ -259,11 +267,11 @@ class OODEvaluation(Callback):
                 raise ValueError(f"calibrating {name} on the held-out ID images: {error}") from error
             self._calibration_forwards[name] = score.calibration_forwards * total
 
-    def _gather(self, trainer: Trainer, data: OODDataModule) -> Samples:
+    def _gather(self, module: OODModule, data: OODDataModule, loaders: Sequence[str]) -> Samples:
         """Join the rows of all processes: each id exactly once, in order."""
         parts: list[dict[str, np.ndarray]] = []
         repeats: dict[str, np.ndarray] = {}
-        splits = list(_loaders(trainer))[data.fit_passes :]
+        splits = list(loaders)[data.fit_passes :]
         for index, split in enumerate(splits):
             ids, labels, predictions, scores = zip(*self._rows[split], strict=True)
             named = {name: widen(torch.cat([batch[name] for batch in scores])) for name in scores[0]}
@@ -283,7 +291,8 @@ class OODEvaluation(Callback):
                 repeats[split] = torch.stack(drawings).numpy()
         merged = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         keys = {name: merged.pop(name) for name in ("split", "ids", "labels", "predictions")}
-        return Samples(tuple(splits), scores=merged, repeats=repeats, **keys)
+        samples = Samples(tuple(splits), scores=merged, repeats=repeats, **keys)
+        return replace(samples, scores=module.complete(samples.scores, np.array(splits)[samples.split]))
 
     def _draw(self, samples: Samples, data: OODDataModule, module: OODModule) -> dict[str, Figure | str]:
         figures = module.figures()

@@ -51,6 +51,8 @@ class OODDataModule(LightningDataModule, ABC):
         seed: decides training order and augmentation.
         split_seed: decides what is held out; stays the same over training seeds, so that their results compare.
         val_split: share of each class of the ID training images that is held out for validation and calibration.
+        val_ood: an OOD set whose images join the held-out ones in validation, with label -1, for methods that look at
+            them: to watch, never to select.
         mean: constants of each channel, or one for all, for images in [0, 1]; left out with ``std`` where the network
             normalises itself. Mean [0], std [1] leaves images in [0, 1].
         std: see ``mean``.
@@ -89,6 +91,7 @@ class OODDataModule(LightningDataModule, ABC):
         seed: int = 0,
         split_seed: int = 0,
         val_split: float = 0.0,
+        val_ood: str | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         augmentation: Augmentation | None = None,
@@ -117,6 +120,7 @@ class OODDataModule(LightningDataModule, ABC):
             raise ValueError(f"balanced batches have no place for outliers: leave out outlier_feed={outlier_feed!r}")
         self.batch_size, self.drop_last, self.eval_batch_size = batch_size, drop_last, eval_batch_size or batch_size
         self.num_workers, self.seed, self.split_seed, self.val_split = num_workers, seed, split_seed, val_split
+        self.val_ood = val_ood
         self.mean, self.std, self.augmentation = mean, std, augmentation or Augmentation()
         self.known, self.subset, self.ood_subset = known, subset or Subset(), ood_subset or OODSubset()
         self.outlier_feed, self.outlier_ratio, self.fit_limit = outlier_feed, outlier_ratio, fit_limit
@@ -153,6 +157,11 @@ class OODDataModule(LightningDataModule, ABC):
             splits[name] = self._pack(chosen).as_outliers()
         if sets.outliers is not None:
             splits["outliers"] = self._pack(sets.outliers).as_outliers()
+        if self.val_ood is not None and (self.val_ood not in self.groups or "calibration" not in splits):
+            raise ValueError(
+                f"val_ood={self.val_ood!r} joins held-out ID images: it takes a val_split, which is {self.val_split}, "
+                f"and an OOD set, of {', '.join(self.groups)}"
+            )
         self.sizes = {name: len(images) for name, images in splits.items()}
         self.fingerprints = {name: images.fingerprint() for name, images in splits.items()}
         self.sets = splits
@@ -188,10 +197,13 @@ class OODDataModule(LightningDataModule, ABC):
         return self._loader(images, GivenPlan(batches), persistent=False)
 
     def val_dataloader(self) -> Loader | list[Loader]:
-        """Serve held-out ID images; without any, an empty list, which makes Lightning skip validation."""
+        """Serve held-out ID images, then those of ``val_ood``; without any, an empty list, which skips validation."""
         if "calibration" not in self.sets:
             return []
-        return self._in_order("calibration", persistent=True)
+        if self.val_ood is None:
+            return self._in_order("calibration", persistent=True)
+        images = WithOutliers(self.sets["calibration"], self.sets[self.val_ood])
+        return self._loader(images, Plan(len(images), self.eval_batch_size), persistent=True)
 
     def fit_dataloader(self) -> Loader:
         """Serve the ID training images that are not held out, in order and unaugmented."""

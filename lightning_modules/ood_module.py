@@ -4,7 +4,9 @@ import logging
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 from pytorch_lightning import LightningModule
 from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
 from pytorch_lightning.cli import ReduceLROnPlateau as MonitoredPlateau
@@ -21,6 +23,7 @@ log = logging.getLogger(__name__)
 Images = Tensor
 Labels = Tensor
 Ids = Tensor
+Column = NDArray[np.floating]
 Batch = tuple[Images, Labels, Ids]  # what every loader yields; label -1 = outlier
 
 
@@ -28,12 +31,14 @@ class OODModule(LightningModule, ABC):
     """What every method shares: validation, testing, optimisation, and parts that stay frozen.
 
     A method gives ``forward`` and ``training_step``. It knows no OOD set, no path, no normalisation constant, no logger
-    and no metric; what needs both module and data is a callback.
+    and no metric; what needs both module and data is a callback. A ``Score`` among its parts is fitted on the ID
+    training images by whatever comes first: the feature cache, before training, or the evaluation.
 
     Attributes:
         taps: the features that ``forward`` returns beside ``penultimate``; the evaluation adds what its scores read.
         selection: the checkpoint to test: ``best`` on ID validation accuracy, or ``last``.
         frozen: names of submodules that stay in eval mode, take no gradient and are no business of the optimiser.
+        extra_forwards: passes of an image through a network in ``forward``, beside the one, as the evaluation reports.
         num_classes: K, the width of the logits; 0 for a method without classes, which validates in its own way.
 
     Args:
@@ -44,7 +49,8 @@ class OODModule(LightningModule, ABC):
     """
 
     selection: ClassVar[Literal["best", "last"]] = "last"
-    frozen: ClassVar[tuple[str, ...]] = ()
+    frozen: tuple[str, ...] = ()
+    extra_forwards: int = 0
     backbone: Backbone  # or an Autoencoder, where num_classes is 0: a union would burden every other method
 
     def __init__(
@@ -79,6 +85,15 @@ class OODModule(LightningModule, ABC):
         """
         raise TypeError(f"{type(self).__name__} has nothing frozen to cache: it does not say how to `encode` images")
 
+    def complete(self, scores: dict[str, Column], splits: NDArray[np.str_]) -> dict[str, Column]:
+        """Return all scores of an evaluation, once every image has been seen; here those it has.
+
+        Args:
+            scores: name -> (N,) over the images of all splits.
+            splits: (N,) the split of each: ``calibration`` (held-out ID), ``id``, or an OOD set.
+        """
+        return scores
+
     def figures(self) -> dict[str, Figure]:
         """Return the method's own pictures, by name; a callback decides where they go."""
         return {}
@@ -86,9 +101,9 @@ class OODModule(LightningModule, ABC):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Count the correctly classified images of the held-out ID part."""
         images, labels, _ = batch
-        logits = self(images).logits
-        if len(labels):  # the last share of a process may be empty
-            self.val_accuracy.update(logits, labels)
+        logits, known = self(images).logits, labels >= 0
+        if known.any():  # the last share of a process may be empty
+            self.val_accuracy.update(logits[known], labels[known])
         self.log("val/accuracy", self.val_accuracy, on_epoch=True, prog_bar=True)
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Evidence:  # type: ignore[override]
