@@ -7,9 +7,11 @@ ARGS ?=
 RUN := .venv/bin/python -m experiments
 SETTINGS := $(filter-out _%,$(patsubst experiments/%.yaml,%,$(wildcard experiments/*/*.yaml)))
 TARGETS := $(subst /,-,$(SETTINGS))
+COMPOSITIONS := $(patsubst %_gmm_std,%,$(filter heat-%_gmm_std,$(TARGETS)))
+OVER_SEEDS = $(if $(word 2,$(SEEDS)),$(RUN) metrics $(foreach seed,$(SEEDS),$(or $(OOD_CHECKPOINTS),checkpoints)/$(subst -,/,$@)/seed$(seed)))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo evaluate features data-check test test-slow lint format bench completion clean $(TARGETS)
+.PHONY: help demo evaluate heat-evaluate heat-toy features data-check test test-slow lint format bench completion clean $(TARGETS) $(COMPOSITIONS)
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-28s %s\n", $$1, $$2}' Makefile
@@ -17,6 +19,7 @@ help: ## list the targets
 	@printf '  make %-28s %s\n' 'stages-<experiment>' 'test all kept checkpoints of a run, draw each metric over training'
 	@printf '\nExperiments: fit, then test of the checkpoint that the method selects (SEEDS="0 1 2", ARGS="...")\n'
 	@for target in $(TARGETS); do printf '  make %s\n' $$target; done
+	@for target in $(COMPOSITIONS); do printf '  make %-28s %s\n' $$target "$${target}_el, _gmm and _gmm_std, then their compositions"; done
 
 demo: .venv/installed ## train and evaluate every method on scanned digits, without any download of data
 	$(RUN) demo $(ARGS)
@@ -25,7 +28,13 @@ $(TARGETS): .venv/installed
 	@for seed in $(SEEDS); do \
 		$(RUN) run --config experiments/$(subst -,/,$@).yaml --seed_everything $$seed $(ARGS) || exit 1; \
 	done
-	@$(if $(word 2,$(SEEDS)),$(RUN) metrics $(foreach seed,$(SEEDS),$(or $(OOD_CHECKPOINTS),checkpoints)/$(subst -,/,$@)/seed$(seed)))
+	@$(OVER_SEEDS)
+
+$(COMPOSITIONS): heat-%: heat-%_el heat-%_gmm heat-%_gmm_std
+	@for seed in $(SEEDS); do \
+		$(RUN) heat-evaluate --runs $(addsuffix /seed$$seed,$(subst -,/,$^)) --beta 0 -1 inf --overwrite true || exit 1; \
+	done
+	@$(OVER_SEEDS)
 
 stages-%: .venv/installed
 	@for seed in $(SEEDS); do \
@@ -34,6 +43,12 @@ stages-%: .venv/installed
 
 evaluate: .venv/installed ## score any network on any data with any scores, without a run: ARGS="--config ..."
 	@$(RUN) evaluate $(ARGS)
+
+heat-evaluate: .venv/installed ## score with trained runs of HEAT and their compositions: ARGS="--runs A B C --beta 0 -1 inf"
+	@$(RUN) heat-evaluate $(ARGS)
+
+heat-toy: .venv/installed ## train HEAT on points of the plane, measure and draw what it learns: ARGS="--seed 1"
+	@$(RUN) heat-toy $(ARGS)
 
 features: .venv/installed ## extract the features that an experiment caches, without training: ARGS="--config ..."
 	@$(RUN) features $(ARGS)

@@ -47,7 +47,7 @@ class ResidualEnergy(nn.Module):
             linears += [nn.Linear(hidden_dim, hidden_dim)] * hidden_layers
         else:
             linears += [nn.Linear(hidden_dim, hidden_dim) for _ in range(hidden_layers)]
-        layers = [layer for linear in linears for layer in (linear, nn.LeakyReLU(SLOPE))]
+        layers = [layer for linear in linears for layer in (linear, nn.LeakyReLU(SLOPE, inplace=True))]
         self.mlp = nn.Sequential(*layers, nn.Linear(linears[-1].out_features, 1))
 
     def forward(self, features: Tensor) -> Tensor:

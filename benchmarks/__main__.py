@@ -6,7 +6,20 @@ from importlib import import_module
 
 from benchmarks.measure import environment, fixed_threads, has_peer
 
-NAMES = ("forwards", "evaluation", "mahalanobis", "gmm", "knn", "metrics", "images", "feature_batches", "training")
+NAMES = (
+    "forwards",
+    "evaluation",
+    "mahalanobis",
+    "gmm",
+    "knn",
+    "metrics",
+    "images",
+    "feature_batches",
+    "training",
+    "heat",
+    "class_density",
+    "triplets",
+)
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -1,36 +1,45 @@
 """Fitting the scores that a method is made of, on cached evidence."""
 
+from functools import partial
+
 import torch
 from pytorch_lightning import Trainer
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 
 from callbacks.cached_evidence import CachedEvidence
+from callbacks.processes import together
+from lightning_modules.evidence import EvidenceBatch
 from lightning_modules.ood_module import OODModule
 from lightning_modules.scores.score import Score
 
-ROWS = 1024  # of a batch
+ROWS = 1024  # of a batch, over all processes
 
 
 def fit_scores(trainer: Trainer, module: OODModule, evidence: CachedEvidence, rows: Tensor) -> None:
-    """Fit each score that is a part of the module and is not fitted yet, as after a resume; all processes share.
+    """Bind each score that is a part of the module, and fit it unless a checkpoint has; all processes share the rows.
 
     Args:
-        trainer: knows the device.
+        trainer: knows the processes and the device.
         module: whose scores, and whose backbone they are bound to.
         evidence: of the training images.
         rows: (n,) which of them are ID images to fit on.
     """
-    batches = rows.split(ROWS)[trainer.global_rank :: trainer.world_size]
+
+    def load(batch: Tensor) -> EvidenceBatch:
+        # Dealt out as loaders do, on which samples of rows rely; the last share may be empty.
+        return trainer.strategy.batch_to_device(evidence[batch[trainer.global_rank :: trainer.world_size]])
+
     for name, score in module.named_children():
-        if not isinstance(score, Score) or score.fitted:
+        if not isinstance(score, Score):
             continue
-        score.bind(module.backbone if module.num_classes else None)
-        score.to(module.device)
+        together(trainer, partial(score.bind, module.backbone if module.num_classes else None))
+        if score.fitted:
+            continue
         while not score.fitted:
-            with torch.no_grad():
-                for batch in batches:
-                    observed, labels, _ = trainer.strategy.batch_to_device(evidence[batch])
-                    score.update(observed, labels)
-                score.finalize()
+            for batch in rows.split(ROWS):
+                observed, labels, _ = together(trainer, partial(load, batch))
+                with torch.no_grad():
+                    together(trainer, partial(score.update, observed, labels))
+            together(trainer, score.finalize)
         rank_zero_info(f"fitted {name} on {len(rows):,} ID training images")

@@ -132,7 +132,7 @@ class OODEvaluation(Callback):
         for name, score in self.fitting.items():
             if score.fitted:  # there is nothing to fit
                 continue
-            self.keys[name] = fitting_key(common, settings.get(name))
+            self.keys[name] = fitting_key(common, settings.get(name), weights_sha256(score))  # it may come with weights
             state = read_fitted(self._fitted_file(name), self.keys[name])
             if trainer.strategy.reduce_boolean_decision(state is not None) and state is not None:
                 score.to(torch.float64 if trainer.precision == "64-true" else None)

@@ -2,10 +2,10 @@
 
 import fcntl
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Literal, TypeVar
+from typing import IO, Any, Literal
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
@@ -18,13 +18,13 @@ from backbones import weights
 from callbacks.cached_evidence import CachedEvidence, DeviceEvidence, to_columns
 from callbacks.cached_fit import fit_scores
 from callbacks.feature_cache import FeatureCache
+from callbacks.processes import together
 from datamodules.augmentation import Augmentation
 from datamodules.batch import Batch
 from datamodules.datamodule import OODDataModule
 from datamodules.images import ImageSet, anchored, sha256
 from lightning_modules.ood_module import OODModule
 
-T = TypeVar("T")
 PROBES = 16  # images that are encoded at every start
 # relative differences that other batches and devices explain
 ROUNDING = {"full": 1e-3, "half": 5e-3, "mixed": 0.05}
@@ -71,12 +71,12 @@ class FrozenFeatures(Callback):
         check(module, data, self.on_device)
         images = data.training_rows()
         with _evaluating(module):
-            self.cache, probes = _together(trainer, lambda: self._identify(trainer, module, data, images))
+            self.cache, probes = together(trainer, lambda: self._identify(trainer, module, data, images))
             with _alone(trainer, self.cache.folder):
                 self._complete(trainer, module, data, images, probes)
         rows = CachedEvidence(self.cache, images.labels)
-        _together(trainer, lambda: fit_scores(trainer, module, rows, data.fit_rows))
-        data.serve(_together(trainer, lambda: DeviceEvidence(rows, trainer)) if self.on_device else rows)
+        fit_scores(trainer, module, rows, data.fit_rows)
+        data.serve(together(trainer, lambda: DeviceEvidence(rows, trainer)) if self.on_device else rows)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let the data module serve images again: another network may come."""
@@ -99,13 +99,13 @@ class FrozenFeatures(Callback):
         """Extract the chunks that are missing, each on one of the processes, if those that are there are right."""
         cache = self.cache
         rank_zero_info(f"features of {cache.length:,} images, {cache.nbytes / 1e6:,.1f} MB, in {cache.folder}")
-        _together(trainer, lambda: cache.prepare() if trainer.is_global_zero else None)
-        missing = _together(trainer, cache.missing)
-        _together(trainer, lambda: self._compare(probes, missing, trainer.precision))
+        together(trainer, lambda: cache.prepare() if trainer.is_global_zero else None)
+        missing = together(trainer, cache.missing)
+        together(trainer, lambda: self._compare(probes, missing, trainer.precision))
         if missing:
             started = time.perf_counter()
             mine = missing[trainer.global_rank :: trainer.world_size]
-            _together(trainer, lambda: self._extract(trainer, module, data, images, mine))
+            together(trainer, lambda: self._extract(trainer, module, data, images, mine))
             extracted = sum(len(cache.rows(chunk)) for chunk in missing)
             rank_zero_info(f"extracted those of {extracted:,} images in {time.perf_counter() - started:.1f} s")
 
@@ -223,8 +223,8 @@ def _alone(trainer: Trainer, folder: Path) -> Iterator[None]:
 
     They ask again and again, rather than wait where a process group would give up.
     """
-    _together(trainer, lambda: folder.mkdir(parents=True, exist_ok=True))
-    with _together(trainer, lambda: (folder / "lock").open("w")) as lock:
+    together(trainer, lambda: folder.mkdir(parents=True, exist_ok=True))
+    with together(trainer, lambda: (folder / "lock").open("w")) as lock:
         waiting = False
         while not trainer.strategy.reduce_boolean_decision(not trainer.is_global_zero or _takes(lock)):
             if not waiting:
@@ -241,15 +241,3 @@ def _takes(lock: IO[str]) -> bool:
     except BlockingIOError:
         return False
     return True
-
-
-def _together(trainer: Trainer, act: Callable[[], T]) -> T:
-    """Act on every process of the run; where one fails all do, and none waits for it in vain."""
-    failure: Exception | None = None
-    try:
-        result = act()
-    except Exception as error:
-        failure = error
-    if not trainer.strategy.reduce_boolean_decision(failure is None):
-        raise failure or RuntimeError("another process of this run failed on cached features, and says why")
-    return result

@@ -19,6 +19,8 @@ from callbacks.samples import Samples
 from callbacks.tables import print_results
 from experiments.cli import EXPERIMENTS, OODCLI, naming
 from experiments.data import data
+from experiments.heat_evaluate import heat_evaluate
+from experiments.heat_toy import heat_toy
 from experiments.stages import stages
 
 
@@ -153,6 +155,8 @@ VERBS: dict[str, Callable[[Sequence[str]], None]] = {
     "metrics": metrics,
     "features": features,
     "evaluate": evaluate,
+    "heat-evaluate": heat_evaluate,
+    "heat-toy": heat_toy,
     "stages": stages,
     "data": data,
     "completion": completion,

@@ -126,6 +126,8 @@ class HEAT(OODModule):
             raise ValueError("HEAT is trained without outliers: leave out outlier_feed")
         with full_precision(self.device):
             real = self.energy.embed(batch.evidence)
+            if not (finite := real.isfinite().all(1)).all():
+                raise ValueError(f"the features of training image {int(batch.ids[~finite][0])} are NaN or infinite")
             if self.sgld.relu and (real < 0).any():
                 raise ValueError("some features are below 0, where chains cannot go: set sgld.relu to false")
             starts, classes = self.propose(real, batch.labels)
@@ -167,28 +169,29 @@ class HEAT(OODModule):
         self._check_chains(ends, torch.cat([real, starts]))
         if self.chains is not None:
             self.chains.keep(ends)
-        negatives = torch.cat([ends, starts]) if self.include_starts else ends
-        noise = self.data_noise
-        real_energy, real_prior = self.energy.parts(real + noise * torch.randn_like(real))
-        energy = self.energy.residual(negatives + noise * torch.randn_like(negatives)) / self.energy.temperature
-        self._check_energies(torch.cat([real_energy, energy]))
-        loss = contrastive_divergence(real_energy, energy, self.regularization)
+        points = torch.cat([ends, starts])
+        real, points = (z + self.data_noise * torch.randn_like(z) for z in (real, points))
+        (real_residual, real_prior), (residual, prior) = self.energy.parts(real), self.energy.parts(points)
+        self._check_energies(torch.cat([real_residual, residual]))
+        negative = residual if self.include_starts else residual[: len(ends)]
+        loss = contrastive_divergence(real_residual, negative, self.regularization)
         with torch.no_grad():
+            energy_ends, energy_starts = (residual + prior).chunk(2)
             known = {
-                "energy_real": real_energy.mean() + real_prior.mean(),
-                "energy_starts": self.energy.energy(starts).mean(),
-                "energy_ends": self.energy.energy(ends).mean(),
-                "residual_real": real_energy.mean(),
-                "residual_negatives": energy.mean(),
+                "energy_real": real_residual.mean() + real_prior.mean(),
+                "energy_starts": energy_starts.mean(),
+                "energy_ends": energy_ends.mean(),
+                "residual_real": real_residual.mean(),
+                "residual_negatives": negative.mean(),
                 "last_gradient": gradient.norm(dim=1).mean(),
                 "movement": (ends - starts).norm(dim=1).mean(),
             }
             if self.regularization:
-                squares = real_energy.square().mean() + energy.square().mean()
+                squares = real_residual.square().mean() + negative.square().mean()
                 # 1 where the residual says of each point all that the loss lets it, see contrastive_divergence
                 known["saturation"] = 2 * self.regularization * (squares / 2).sqrt()
                 # 1 where no multiple of the residual has a lower loss
-                known["balance"] = (energy.mean() - real_energy.mean()) / (2 * self.regularization * squares)
+                known["balance"] = (negative.mean() - real_residual.mean()) / (2 * self.regularization * squares)
         return loss, known
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -211,7 +214,12 @@ class HEAT(OODModule):
         """Let every process raise where one is lost."""
         worst = values.nan_to_num(float("inf"), float("inf")).amax()
         if sum_over_processes((~(worst < bound)).float()):
-            reached = f"reaches {float(worst):.3g}, of at most {bound:.3g}" if worst.isfinite() else "is not a number"
+            if worst < bound:
+                reached = "is lost on another process"
+            elif worst.isfinite():
+                reached = f"reaches {float(worst):.3g}, of at most {bound:.3g}"
+            else:
+                reached = "is not a finite number"
             raise DivergenceError(f"HEAT diverged in step {self.global_step}: {what} {reached}. Remedy: {remedy}")
 
     def figures(self) -> dict[str, Figure]:

@@ -12,7 +12,7 @@ from pytorch_metric_learning.distances import BaseDistance, LpDistance
 from pytorch_metric_learning.reducers import BaseReducer
 from torch import Tensor, nn
 
-from lightning_modules.scores.score import full_precision, widen
+from lightning_modules.scores.score import widen
 
 
 class MetricLoss(NamedTuple):
@@ -98,11 +98,9 @@ class TripletDistancingLoss(nn.Module):
         if lost := int((~embeddings.isfinite()).any(1).sum()):
             raise ValueError(f"{lost} of {len(embeddings)} embeddings are not finite: the training has diverged")
         embeddings = widen(embeddings)
-        with full_precision(embeddings.device):
-            distances = self.distance(embeddings)
         losses, anchors, sums = [], [], embeddings.new_zeros(2)
-        for rows, positives, negatives in gather(distances, labels):
-            triplet = (positives[:, :, None] + self.triplet_margin - negatives[:, None]).relu_()
+        for rows, positives, negatives in gather(self.distance(embeddings), labels):
+            triplet = (positives[:, :, None] + (self.triplet_margin - negatives)[:, None]).relu_()
             distancing = (margin - negatives).relu()
             both = (triplet + distancing[:, None]).flatten(1)
             losses.append(both.flatten())

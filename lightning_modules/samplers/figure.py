@@ -27,7 +27,7 @@ def chains_figure(energy: EnergyScore, starts: Tensor, walk: Iterable[tuple[Tens
     for panel, (title, curve) in zip(figure.subplots(1, 3), curves.items(), strict=True):
         values = torch.stack([step.cpu() for step in curve]).double()
         low, median, high = values.quantile(torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64), dim=1)
-        steps = range(len(energies) - len(curve), len(energies))
+        steps = range(len(curve))
         panel.plot(steps, median, color="tab:blue")
         panel.fill_between(steps, low, high, alpha=0.3, linewidth=0, color="tab:blue")
         panel.set(title=title, xlabel="step of the chain")

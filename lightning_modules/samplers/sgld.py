@@ -109,5 +109,6 @@ class ChainBuffer(nn.Module):
         self.ends = torch.cat([self.ends.view(-1, ends.shape[1]), ends])[-self.capacity :]
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
-        self.ends = self.ends.new_empty(state_dict[prefix + "ends"].shape)
+        if (stored := state_dict.get(prefix + "ends")) is not None:
+            self.ends = self.ends.new_empty(stored.shape)
         super()._load_from_state_dict(state_dict, prefix, *args)

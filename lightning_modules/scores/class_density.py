@@ -239,7 +239,7 @@ class ClassDensity(EnergyScore):
             logger.info("taps that differ from each other: %s", ", ".join(self.names[j] for j in kept))
             columns = torch.arange(sum(self._widths), device=differ.device).split(self._widths)
             statistics.select(torch.cat([columns[j] for j in kept]))
-        self.kept = torch.tensor(kept, device=differ.device)
+        self.kept = self.kept.new_tensor(kept)
 
     def _choose_jitter(self, statistics: ClassScatters) -> float:
         counts, width = statistics.counts, statistics.means.shape[1]

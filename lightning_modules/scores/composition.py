@@ -58,7 +58,7 @@ class Composition(Score):
             raise ValueError("beta is a number, .inf or -.inf, not nan")
         self.names, self.beta = tuple(members), beta
         self.members: Sequence[Score] = nn.ModuleList(members.values())  # type: ignore[assignment]
-        self.passes = 1 + max(member.passes for member in members.values())
+        self.passes = 1 + max(member.passes_left for member in members.values())
         self.taps = frozenset().union(*(member.taps for member in members.values()))
         self._statistics: ClassStatistics | None = None
         for name in ("mean", "deviation"):
@@ -99,7 +99,11 @@ class Composition(Score):
 
     def forward(self, evidence: Evidence) -> Tensor:
         """Score (B,) images."""
-        return compose((self._standardless(evidence) - self.mean) / self.deviation, self.beta)
+        return compose(self.standardise(evidence), self.beta)
+
+    def standardise(self, evidence: Evidence) -> Tensor:
+        """Return the members' scores (B, M), each less its mean and in units of its deviation."""
+        return (self._standardless(evidence) - self.mean) / self.deviation
 
     def _standardless(self, evidence: Evidence) -> Tensor:
         return torch.stack([member(evidence).to(self.mean.dtype) for member in self.members], 1)

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_modules.scores.gaussian import ClassGaussians, squared_distances
+from lightning_modules.scores.gaussian import ClassGaussians
 
 FACTORS = (0.01, 0.1, 1.0, 10.0, 100.0)  # by which tempered draws multiply the temperature, one of them for each draw
 
@@ -40,16 +40,17 @@ class GMMEnergy(ClassGaussians):
 
     def class_energy(self, features: Tensor, classes: Tensor) -> Tensor:
         """Energy (B,) of (B, D) embedded features given the class of each, -log N(z; mu_y, Sigma)."""
-        return self._log_scale + (self.whiten(features) - self.centroids[classes]).square().sum(1) / 2
+        return self._log_scale + (self.whiten(features) - self._centroids_of(classes)).square().sum(1) / 2
 
     def gradient(self, features: Tensor, classes: Tensor | None = None) -> Tensor:
         """Gradient (B, D) of ``energy``, or of ``class_energy``, in closed form."""
         points = self.whiten(features)
         if classes is not None:
-            means = self.centroids[classes]
+            means = self._centroids_of(classes)
         else:
-            distances = squared_distances(points, self.centroids, self.log_prior.isneginf())
-            means = (self.log_prior - distances / 2).softmax(1) @ self.centroids
+            # Without the squares of the points: they cancel, but far from all means they drown the rest.
+            offsets = self.log_prior - self.centroids.square().sum(1) / 2
+            means = torch.addmm(offsets, points, self.centroids.T).softmax(1) @ self.centroids
         return (points - means) @ self.whitening
 
     def sample(
@@ -68,8 +69,15 @@ class GMMEnergy(ClassGaussians):
         if temperature is not None:
             factors = noise.new_tensor(FACTORS)[torch.randint(len(FACTORS), (number, 1), device=noise.device)]
             noise *= temperature * factors
-        whitened = (self.centroids[classes] + noise).T
+        whitened = (self._centroids_of(classes) + noise).T
         return classes, self.centre + torch.linalg.solve_triangular(self.whitening, whitened, upper=False).T
+
+    def _centroids_of(self, classes: Tensor) -> Tensor:
+        """Whitened means (B, D) of classes (B,)."""
+        if (absent := self.log_prior[classes].isneginf()).any():
+            missing = classes[absent].unique().tolist()
+            raise ValueError(f"the mixture has no Gaussian for classes {missing}: no training data of theirs were seen")
+        return self.centroids[classes]
 
     @property
     def _log_scale(self) -> Tensor:

@@ -1,5 +1,7 @@
 """A prior energy of features and the residual energy that corrects it."""
 
+import copy
+
 from torch import Tensor
 
 from backbones.backbone import Backbone
@@ -40,14 +42,9 @@ class HybridEnergy(EnergyScore):
                 raise ValueError(f"{name} must be positive, not {value}")
         self.prior, self.residual = prior.requires_grad_(False), residual
         self.temperature, self.prior_temperature = temperature, prior_temperature
-        self.passes, self.taps = prior.passes, prior.taps
+        self.passes, self.taps, self.unit_length = prior.passes, prior.taps, prior.unit_length
         if weights is not None:
             self._load(weights)
-
-    @property
-    def unit_length(self) -> bool:  # type: ignore[override]
-        """Whether the features of the prior have length 1."""
-        return self.prior.unit_length
 
     def bind(self, backbone: Backbone | None) -> None:
         """Let the prior copy what it needs, unless it has been loaded."""
@@ -63,6 +60,8 @@ class HybridEnergy(EnergyScore):
 
     def embed(self, evidence: Evidence) -> Tensor:
         """Return the (B, D) features of the prior."""
+        if not self.fitted:
+            raise RuntimeError(f"the prior of {type(self).__name__} is not fitted: it needs {self.needs}")
         features = self.prior.embed(evidence)
         if features.shape[1] != self.residual.num_features:
             raise ValueError(
@@ -93,7 +92,8 @@ class HybridEnergy(EnergyScore):
         if not own:
             raise ValueError(f"{path} holds no energy of HEAT: it is the checkpoint of another method")
         try:
-            self.load_state_dict(own)
+            copy.deepcopy(self).load_state_dict(own)  # which loads what it can before it fails
         except RuntimeError as error:
             raise ValueError(f"{path} does not fit this energy, nothing was loaded: {error}") from error
+        self.load_state_dict(own)
         self.origin = {"source": source, "file": path.name, "sha256": file_sha256(path)}

@@ -69,3 +69,9 @@ class KMeans(Wrapper):
         origin = self.centres.mean(0)
         everywhere = torch.zeros(len(self.centres), dtype=torch.bool, device=self.centres.device)
         return squared_distances(features - origin, self.centres - origin, everywhere).argmin(1)
+
+    def gradient(self, features: Tensor, classes: Tensor | None = None) -> Tensor:
+        """Gradient (B, D) of the inner energy; its classes are clusters, of which labels say nothing."""
+        if classes is not None:
+            raise TypeError("the classes of KMeans are clusters, not labels: leave conditional off")
+        return super().gradient(features)

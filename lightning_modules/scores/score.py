@@ -34,13 +34,17 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
     Distances, densities and the small steps of a chain would be rounded away.
     """
-    chosen = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    # Not torch.get_float32_matmul_precision: it fails where the precision was set for one kind of device alone.
+    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    chosen = [backend.fp32_precision for backend in backends]
     try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(chosen)
+        for backend, precision in zip(backends, chosen, strict=True):
+            backend.fp32_precision = precision
 
 
 class Score(nn.Module, ABC):

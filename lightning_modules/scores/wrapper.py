@@ -95,5 +95,6 @@ class Wrapper(EnergyScore):
     @property
     def _energy(self) -> EnergyScore:
         if not isinstance(self.score, EnergyScore):
-            raise TypeError(f"{type(self.score).__name__} is no energy of features, and so it is not around it")
+            name, inner = type(self).__name__, type(self.score).__name__
+            raise TypeError(f"{inner} is no energy of features, and so {name} around it is none either")
         return self.score

@@ -97,6 +97,19 @@ def test_members_are_fitted_before_their_scores_are_counted():
     torch.testing.assert_close(score(evidence(images)), ((fresh - trained.mean(0)) / trained.std(0)).sum(1))
 
 
+def test_members_that_are_fitted_need_no_pass_of_their_own():
+    (rows, labels), (images, _) = sample(), sample(20, seed=2)
+    maha = fit(Mahalanobis().double(), rows[:200], labels[:200], sizes=(200, 0, 0))
+    score = Composition({"maha": maha, "energy": Energy()}).double()
+    assert score.passes == 1
+    alone = maha(evidence(images))
+    fit(score, rows, labels)
+    assert torch.equal(maha(evidence(images)), alone)
+    trained = torch.stack([maha(evidence(rows)), Energy()(evidence(rows))], 1)
+    fresh = torch.stack([alone, Energy()(evidence(images))], 1)
+    torch.testing.assert_close(score(evidence(images)), ((fresh - trained.mean(0)) / trained.std(0)).sum(1))
+
+
 def test_a_saved_composition_needs_no_training_data():
     (rows, labels), (images, _) = sample(), sample(20, seed=2)
     score = fit(Composition({"maha": Mahalanobis(), "msp": MSP()}, -1), rows.float(), labels)

@@ -10,13 +10,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from backbones.backbone import Backbone
+from backbones.residual_energy import ResidualEnergy
 from lightning_modules.evidence import Evidence, observe
 from lightning_modules.scores.activations import ASH, DICE, SCALE
+from lightning_modules.scores.class_density import ClassDensity
 from lightning_modules.scores.clipped import Clipped
 from lightning_modules.scores.composition import Composition
+from lightning_modules.scores.energy import EnergyScore, FeatureEnergy
 from lightning_modules.scores.gaussian import Mahalanobis
 from lightning_modules.scores.gmm import GMMEnergy
 from lightning_modules.scores.gradnorm import GradNorm
+from lightning_modules.scores.hybrid_energy import HybridEnergy
 from lightning_modules.scores.kmeans import KMeans
 from lightning_modules.scores.knn import KNN
 from lightning_modules.scores.logits import GEN, MSP, Energy, MaxLogit
@@ -27,6 +31,13 @@ from lightning_modules.scores.relative_mahalanobis import RelativeMahalanobis
 from lightning_modules.scores.score import Score
 from lightning_modules.scores.vim import ViM
 
+
+def hybrid(prior: EnergyScore) -> HybridEnergy:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return HybridEnergy(prior, ResidualEnergy(6, hidden_dim=8, hidden_layers=1))
+
+
 SCORES = {
     "msp": MSP,
     "max_logit": MaxLogit,
@@ -35,6 +46,8 @@ SCORES = {
     "ssd": lambda: Mahalanobis(normalize=True),
     "gmm": GMMEnergy,
     "gmm_raw": lambda: GMMEnergy(normalize=False),
+    "class_density": lambda: ClassDensity(["penultimate"]),
+    "class_density_twice": lambda: ClassDensity(2 * ["penultimate"], deduplicate=False, jitter=0.01),
     "knn": lambda: KNN(k=5),
     "react": ReAct,
     "react_fixed": lambda: ReAct(quantile=None, threshold=1.0),
@@ -58,6 +71,10 @@ SCORES = {
     "pca_clipped": lambda: PCA(Clipped(GMMEnergy(normalize=False)), components=4),
     "knn_subsample": lambda: KNN(k=10, subsample=60),
     "vim": ViM,
+    "energy_of_features": lambda: FeatureEnergy(Energy()),
+    "kl_matching_of_features": lambda: FeatureEnergy(KLMatching()),
+    "hybrid": lambda: hybrid(GMMEnergy()),
+    "hybrid_clipped": lambda: hybrid(Clipped(GMMEnergy(normalize=False))),
     "composition": lambda: Composition({"energy": Energy(), "std.gmm": GMMEnergy(), "items": Clipped(Mahalanobis())}),
 }
 FITTED = [name for name, make in SCORES.items() if make().passes]
@@ -132,6 +149,47 @@ def test_half_precision_evidence_is_scored_in_float32(name, autocast):
     exact = fitted(Evidence(half.logits.double(), {k: v.double() for k, v in half.features.items()}, {}, None))
     assert actual.dtype == torch.float32
     torch.testing.assert_close(actual.double(), exact, rtol=2e-6, atol=2e-6)
+
+
+BACKENDS = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+
+
+@pytest.fixture
+def matmul_precision():
+    """Precisions of matrix products, which are as before at the end of the test."""
+    before = [backend.fp32_precision for backend in BACKENDS]
+    yield lambda: [backend.fp32_precision for backend in BACKENDS]
+    torch.set_float32_matmul_precision("highest")
+    for backend, precision in zip(BACKENDS, before, strict=True):
+        backend.fp32_precision = precision
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("choice", ["medium", "one kind of device", "none"])
+def test_scores_multiply_in_full_precision_and_leave_the_choice_as_it_was(choice, fails, matmul_precision):
+    class Probe(Score):
+        def forward(self, rows: Tensor) -> Tensor:
+            assert matmul_precision() == ["ieee", "ieee"]
+            assert not torch.is_autocast_enabled("cpu")
+            if fails:
+                raise ArithmeticError
+            return rows @ rows.T
+
+    if choice == "medium":
+        torch.set_float32_matmul_precision("medium")
+    elif choice == "one kind of device":
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+    chosen = matmul_precision()
+    with torch.autocast("cpu", torch.bfloat16):
+        if fails:
+            with pytest.raises(ArithmeticError):
+                Probe()(torch.ones(2, 2))
+        else:
+            assert Probe()(torch.ones(2, 2)).dtype == torch.float32
+        assert torch.is_autocast_enabled("cpu")
+    assert matmul_precision() == chosen
+    if choice == "medium":
+        assert torch.get_float32_matmul_precision() == "medium"
 
 
 @pytest.mark.parametrize("name", FITTED)
