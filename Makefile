@@ -10,6 +10,10 @@ TARGETS := $(subst /,-,$(SETTINGS))
 COMPOSITIONS := $(patsubst %_gmm_std,%,$(filter heat-%_gmm_std,$(TARGETS)))
 OVER_SEEDS = $(if $(word 2,$(SEEDS)),$(RUN) metrics $(foreach seed,$(SEEDS),$(or $(OOD_CHECKPOINTS),checkpoints)/$(subst -,/,$@)/seed$(seed)))
 
+ifneq ($(and $(filter $(COMPOSITIONS),$(MAKECMDGOALS)),$(findstring --name,$(ARGS))),)
+$(error $(MAKECMDGOALS) composes runs by the names of their seeds: give SEEDS, not --name)
+endif
+
 .DEFAULT_GOAL := help
 .PHONY: help demo evaluate heat-evaluate heat-toy features data-check test test-slow lint format bench completion clean $(TARGETS) $(COMPOSITIONS)
 

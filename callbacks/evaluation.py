@@ -19,7 +19,7 @@ from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 
-from backbones.weights import weights_sha256
+from backbones.weights import origins, weights_sha256
 from callbacks.figures import histogram_figure, roc_figure
 from callbacks.fitted_scores import code_sha256, fitting_key, keep_fitted, read_fitted
 from callbacks.identity import identify
@@ -119,7 +119,8 @@ class OODEvaluation(Callback):
         settings = self.configuration.get("evaluation", {}).get("scores") or {}
         limit = trainer.limit_test_batches
         whole = isinstance(limit, float) and limit == 1.0  # the integer 1 means one batch
-        if self.folder is None or settings.keys() != self.scores.keys() or not whole:
+        unfitted = any(not score.fitted for score in self.fitting.values())
+        if self.folder is None or settings.keys() != self.scores.keys() or not whole or not unfitted:
             return
         common = {
             "code": code_sha256(),
@@ -228,6 +229,7 @@ class OODEvaluation(Callback):
             **identify(trainer, module, data, self.run_folder),
             "truncated": sum(trainer.num_test_batches) < sum(map(len, _loaders(trainer).values())),
             "forwards": {"images": images, **extra},
+            "weights": self._origins(module),
             "seconds": round(time.perf_counter() - self._started, 3),
             "restored": self.restored,
             **summarize(samples, data.groups, self.rules, data.num_classes, self.bootstrap),
@@ -242,6 +244,13 @@ class OODEvaluation(Callback):
                 keep_fitted(self._fitted_file(name), self.fitting[name], self.keys[name])
             rank_zero_info(f"results: {self.folder / 'results.json'}")
         self._log(trainer, self._draw(samples, data, module))
+
+    def _origins(self, module: OODModule) -> dict[str, dict[str, str]]:
+        """Name the files of weights of the method, and of scores that come with any."""
+        scores = {
+            f"{name}.{part}".rstrip("."): file for name, s in self.scores.items() for part, file in origins(s).items()
+        }
+        return origins(module) | scores
 
     def _uncalibrated(self) -> dict[str, InputScore]:
         return {

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from pytorch_lightning import Trainer
 
-from backbones.weights import file_sha256, origins, weights_sha256
+from backbones.weights import file_sha256, weights_sha256
 from callbacks.provenance import git_revision, hardware, package_versions
 from callbacks.run_record import read_run
 from datamodules.datamodule import OODDataModule
@@ -47,7 +47,6 @@ def identify(trainer: Trainer, module: OODModule, data: OODDataModule, run_folde
         "packages": package_versions(),
         "hardware": hardware(module.device),
         "processes": trainer.world_size,
-        "weights": origins(module),
         "weights_sha256": weights_sha256(module),
         "splits": {
             name: {"size": data.sizes[name], "fingerprint": fingerprint}

@@ -104,10 +104,14 @@ class RunRecord(Callback):
             log.error("failed at step %d\n%s", step, "".join(traceback.format_exception(exception)))
         if self._status:
             self._write(status="interrupted" if interrupted else "failed", ended=_now(), steps=trainer.global_step)
+        self._close()  # Lightning tears nothing down after this
 
     @rank_zero_only
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Close the log."""
+        self._close()
+
+    def _close(self) -> None:
         if self._handler is not None:
             for name in ("", "pytorch_lightning"):
                 logging.getLogger(name).removeHandler(self._handler)

@@ -185,12 +185,14 @@ class OODCLI(LightningCLI):
         if trained.is_file():
             self._check_model_of_run()
             return trained
-        if read_run(self.folder) or not _has_weights(self.settings.model.as_dict()):
+        untrained = _untrained(self.model, _has_weights(self.settings.model.as_dict()))
+        if read_run(self.folder) or untrained:
             method, _, setting = self.settings.experiment.partition("/")
             trainable = (EXPERIMENTS / method / f"{setting}.yaml").is_file()
             remedy = f"train it with make {method}-{setting}" if trainable else "give the backbone `weights`"
             raise FileNotFoundError(
-                f"nothing to evaluate: there is no {trained}, and the model names no weights; "
+                f"nothing to evaluate: there is no {trained}, and the model names no weights"
+                f"{' of ' if untrained else ''}{', '.join(untrained)}; "
                 f"{remedy}, or give --ckpt_path"
             )
         return None
@@ -244,6 +246,15 @@ def _without_infinity(config: Any) -> Any:
     if isinstance(config, list):
         return [_without_infinity(value) for value in config]
     return yaml.safe_dump(config).split()[0] if isinstance(config, float) and not math.isfinite(config) else config
+
+
+def _untrained(module: LightningModule, backbone_has_weights: bool) -> list[str]:
+    """Name the parts of a method that would be trained and whose weights come from no file."""
+    loaded = {"backbone"} if backbone_has_weights else set()
+    loaded |= {name for name, part in module.named_modules() if "origin" in vars(part)}
+    names = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+    left = [name for name in names if not any(f"{name}.".startswith(f"{part}.") for part in loaded)]
+    return list(dict.fromkeys(name.partition(".")[0] for name in left))
 
 
 def _has_weights(model: Any) -> bool:

@@ -1,6 +1,7 @@
 """``heat-evaluate``: trained runs of HEAT and their compositions, in one pass over the images."""
 
 import argparse
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
@@ -13,12 +14,13 @@ from pytorch_lightning.cli import ArgsType, LightningArgumentParser
 
 from backbones import weights
 from callbacks.run_record import describe_training, differences, read_config, read_run
-from experiments.cli import OODCLI
+from experiments.cli import EXPERIMENTS, OODCLI
 
 METHOD = "lightning_modules.heat.HEAT"
 CLASSIFIER = "lightning_modules.classifier.Classifier"
 MEMBER = "lightning_modules.scores.hybrid_energy.HybridEnergy"
 COMPOSITION = "lightning_modules.scores.composition.Composition"
+NEGATIVE = re.compile(r"-(inf|[\d.]+(e[+-]?\d+)?)")
 
 
 def heat_evaluate(args: Sequence[str]) -> None:
@@ -30,14 +32,15 @@ def heat_evaluate(args: Sequence[str]) -> None:
     parser.add_argument("--beta", nargs="+", type=float, default=[0.0])
     parser.add_argument("--experiment")
     parser.add_argument("--name")
-    # argparse takes -1 for a value, and -inf for an option
-    options, rest = parser.parse_known_args([" -inf" if arg == "-inf" else arg for arg in args])
+    # argparse takes -1 for a value, but -inf and -1e-3 for options
+    options, rest = parser.parse_known_args([f" {arg}" if NEGATIVE.fullmatch(arg) else arg for arg in args])
     runs = [find_run(run) for run in options.runs]
     check_alike(runs)
     common, names = name_members([run.config["experiment"] for run in runs], [run.config["name"] for run in runs])
     called = list(dict.fromkeys(run.config["name"] for run in runs))
-    if not options.experiment and not common:
-        raise ValueError(f"{', '.join(options.runs)} have no name in common: give --experiment heat/<what to call it>")
+    if not options.experiment and (not common or (EXPERIMENTS / f"{common}.yaml").is_file()):
+        taken = f"only the name of an experiment, {common}," if common else "no name"
+        raise ValueError(f"{', '.join(options.runs)} have {taken} in common: give --experiment heat/<what to call it>")
     if not options.name and len(called) > 1:
         raise ValueError(f"the runs are called {', '.join(called)}: give --name <what to call their composition>")
     members = {name: run.member for name, run in zip(names, runs, strict=True)}
@@ -117,13 +120,13 @@ class Run(NamedTuple):
 
 
 def find_run(run: str) -> Run:
-    """Find a finished run of HEAT by ``<method>/<setting>[/<name>]`` or by its folder.
+    """Find a finished run of HEAT by ``[run:]<method>/<setting>[/<name>]`` or by its folder.
 
     Raises:
         FileNotFoundError: it is not trained yet.
         ValueError: it is not finished, or of another method.
     """
-    folder, source = Path(run).absolute(), f"run:{run}"
+    folder, source = Path(run).absolute(), f"run:{run.removeprefix('run:')}"
     if folder.is_relative_to(weights.CHECKPOINTS):
         source = f"run:{folder.relative_to(weights.CHECKPOINTS).as_posix()}"
     elif (folder / "run.json").is_file():

@@ -25,8 +25,9 @@ from lightning_modules.scores.hybrid_energy import HybridEnergy
 from lightning_modules.scores.score import full_precision
 
 FAR = 100.0  # chains are lost at so many times the length of the features and starts
+MOST = 0.5  # of the chains are lost where a step below 0 and a projection have left nothing of them
 DRAWN = 256  # chains in the figure
-EXPLODED = 1000.0  # residual energies are lost at so many times what the regularization bounds them to
+EXPLODED = 1000.0  # times what the regularization bounds a residual energy to, or the energies that chains start from
 
 
 class DivergenceError(ValueError):
@@ -107,6 +108,8 @@ class HEAT(OODModule):
     def forward(self, images: Images) -> Evidence:
         """Observe (B, C, H, W) images; ``scores`` are ``heat``, ``prior`` and ``residual``."""
         evidence = observe(self.backbone, images, self.taps)
+        if not self.energy.fitted:  # on the very images that it is fitted on
+            return evidence
         with full_precision(self.device):
             residual, prior = self.energy.parts(self.energy.embed(evidence))
         return evidence._replace(scores={"heat": residual + prior, "prior": prior, "residual": residual})
@@ -122,20 +125,24 @@ class HEAT(OODModule):
                 "HEAT trains on cached features, this batch holds images: add callbacks.frozen_features.FrozenFeatures "
                 "to trainer.callbacks+"
             )
-        if (batch.labels < 0).any():
-            raise ValueError("HEAT is trained without outliers: leave out outlier_feed")
         with full_precision(self.device):
             real = self.energy.embed(batch.evidence)
-            if not (finite := real.isfinite().all(1)).all():
-                raise ValueError(f"the features of training image {int(batch.ids[~finite][0])} are NaN or infinite")
-            if self.sgld.relu and (real < 0).any():
-                raise ValueError("some features are below 0, where chains cannot go: set sgld.relu to false")
+            self._refuse(batch.labels < 0, batch.ids, "is an outlier: HEAT is trained without outlier_feed")
+            self._refuse(~real.isfinite().all(1), batch.ids, "has features that are NaN or infinite")
+            if self.sgld.relu:
+                below = (real < 0).any(1)
+                self._refuse(below, batch.ids, "has features below 0, where chains cannot go: set sgld.relu to false")
             starts, classes = self.propose(real, batch.labels)
             loss, diagnostics = self.contrast(real, starts, classes)
-        self._real = real
         self.log("train/loss", loss, prog_bar=True)
         self.log_dict({f"train/{name}": value for name, value in diagnostics.items()})
         return loss
+
+    def _refuse(self, rows: Tensor, ids: Tensor, reason: str) -> None:
+        """Let every process raise a ``ValueError`` where one has such rows (B,)."""
+        if sum_over_processes(rows.any().float()):
+            image = f"image {int(ids[rows][0])}" if rows.any() else "an image of another process"
+            raise ValueError(f"training {image} {reason}")
 
     def propose(self, real: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
         """Draw where chains start, (B, D) and projected, and their classes (B,) where these count.
@@ -163,22 +170,24 @@ class HEAT(OODModule):
             starts: (B, D), projected.
             classes: (B,) of the chains where they count.
         """
-        ends, gradient = starts, torch.zeros_like(starts)
-        for ends, gradient in self.sgld.walk(self.energy, starts, classes):  # noqa: B007
-            pass
-        self._check_chains(ends, torch.cat([real, starts]))
+        ends, gradient, strides = starts, torch.zeros_like(starts), [starts.new_zeros(len(starts))]
+        for step, (ends, gradient) in enumerate(self.sgld.walk(self.energy, starts, classes)):  # noqa: B007
+            strides.append(self.sgld.schedule(self.sgld.step_size, step) * gradient.norm(dim=1))
+        self._check_chains(ends.norm(dim=1), torch.stack(strides), torch.cat([real, starts]).norm(dim=1).amax())
         if self.chains is not None:
             self.chains.keep(ends)
         points = torch.cat([ends, starts])
         real, points = (z + self.data_noise * torch.randn_like(z) for z in (real, points))
         (real_residual, real_prior), (residual, prior) = self.energy.parts(real), self.energy.parts(points)
-        self._check_energies(torch.cat([real_residual, residual]))
+        self._check_residual(torch.cat([real_residual, residual]))
+        energy_real, (energy_ends, energy_starts) = real_residual + real_prior, (residual + prior).chunk(2)
+        self._check_energies(energy_ends.detach(), torch.cat([energy_starts, energy_real]).detach())
+        self._some = torch.cat([real, points])[::3]
         negative = residual if self.include_starts else residual[: len(ends)]
         loss = contrastive_divergence(real_residual, negative, self.regularization)
         with torch.no_grad():
-            energy_ends, energy_starts = (residual + prior).chunk(2)
             known = {
-                "energy_real": real_residual.mean() + real_prior.mean(),
+                "energy_real": energy_real.mean(),
                 "energy_starts": energy_starts.mean(),
                 "energy_ends": energy_ends.mean(),
                 "residual_real": real_residual.mean(),
@@ -198,14 +207,24 @@ class HEAT(OODModule):
         """Make a step, and raise a ``DivergenceError`` if it goes too far: before any checkpoint is written of it."""
         super().optimizer_step(*args, **kwargs)
         with torch.no_grad(), full_precision(self.device):
-            self._check_energies(self.energy.residual(self._real) / self.energy.temperature)
+            self._check_residual(self.energy.residual(self._some) / self.energy.temperature)
 
-    def _check_chains(self, ends: Tensor, others: Tensor) -> None:
-        bound = FAR * float(others.norm(dim=1).amax())
-        remedy = f"lower step_size or noise of {self.sgld}, or raise prior_temperature {self.energy.prior_temperature}"
-        self._check("the length of a chain's end", ends.norm(dim=1), bound, remedy)
+    def _check_chains(self, ends: Tensor, strides: Tensor, others: Tensor) -> None:
+        bound = FAR * float(others)
+        self._check("the length of a chain's end", ends, bound, self._slower)
+        # a projection hides how far a step went
+        self._check("the length of a chain's step", strides, bound, self._slower)
+        self._check("the share of chains that are at 0", (ends == 0).float().mean()[None], MOST, self._slower)
 
-    def _check_energies(self, energies: Tensor) -> None:
+    def _check_energies(self, ends: Tensor, others: Tensor) -> None:
+        bound = EXPLODED * float(others.abs().amax())
+        self._check("the energy of a chain's end", ends.abs(), bound, self._slower)
+
+    @property
+    def _slower(self) -> str:
+        return f"lower step_size or noise of {self.sgld}, or raise prior_temperature {self.energy.prior_temperature}"
+
+    def _check_residual(self, energies: Tensor) -> None:
         bound = EXPLODED / (2 * self.regularization) if self.regularization else float("inf")
         remedy = f"lower the learning rate, or raise regularization {self.regularization}"
         self._check("a residual energy", energies.detach().abs(), bound, remedy)
@@ -224,11 +243,13 @@ class HEAT(OODModule):
 
     def figures(self) -> dict[str, Figure]:
         """Draw how energy, gradient and distance go along chains that start from proposals."""
-        if self.proposal == "data" or not self.sgld.steps:
+        if self.proposal == "data" or not self.sgld.steps:  # no proposals without data
             return {}
-        with torch.random.fork_rng(), torch.no_grad(), full_precision(self.device):
+        with torch.random.fork_rng(), torch.inference_mode(False), torch.no_grad(), full_precision(self.device):
             torch.manual_seed(0)
-            labels = torch.arange(DRAWN, device=self.device) % self.num_classes
             shape = DRAWN, self.energy.residual.num_features
-            starts, classes = self.propose(torch.zeros(shape, device=self.device), labels)
+            labels = torch.arange(DRAWN, device=self.device) % self.num_classes
+            if self.conditional:  # of classes that the prior knows
+                labels, _ = self.energy.prior.sample(DRAWN)
+            starts, classes = self.propose(next(self.energy.parameters()).new_zeros(shape), labels)
             return {"chains": chains_figure(self.energy, starts, self.sgld.walk(self.energy, starts, classes))}

@@ -15,14 +15,15 @@ from lightning_modules.scores.score import full_precision, read_tap
 
 logger = logging.getLogger(__name__)
 
+WAITING = 32  # rows of each class, on average, that are worth a product: it reads and writes D^2 numbers for each class
 JITTERS = (0.0, *(10.0**exponent for exponent in range(-12, -1)))  # times the mean variance within the classes
 
 
 class ClassScatters:
     """Counts, means and scatter of each class, streamed in K (D^2 + D + 1) float64 numbers.
 
-    Batches, and at the end processes, are merged by the shift of their means, as in ``ClassStatistics``. Fewer than D
-    rows wait until they are worth a product: that of each class reads and writes D^2 numbers, however few its rows.
+    Batches, and at the end processes, are merged by the shift of their means, as in ``ClassStatistics``. Before that,
+    rows wait until there are ``WAITING`` K of them.
 
     Attributes:
         counts: (K,) samples of each class.
@@ -42,7 +43,7 @@ class ClassScatters:
         if len(outside):
             raise ValueError(f"labels must lie in 0..{len(self.counts) - 1}, this batch also holds {outside.tolist()}")
         self._waiting.append((features.detach(), labels))
-        if sum(len(labels) for _, labels in self._waiting) >= self.means.shape[1]:
+        if sum(len(labels) for _, labels in self._waiting) >= WAITING * len(self.counts):
             self._merge()
 
     def _merge(self) -> None:

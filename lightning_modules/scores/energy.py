@@ -36,7 +36,7 @@ class EnergyScore(Score):
             classes: (B,); then of the energy given the class, which few energies have.
         """
         if classes is not None:
-            raise TypeError(f"{type(self).__name__} has no energy of a class")
+            raise ValueError(f"{type(self).__name__} has no energy of a class: leave conditional off")
         with torch.enable_grad():
             features = features.detach().requires_grad_()
             return torch.autograd.grad(self.energy(features).sum(), features)[0]
@@ -51,7 +51,7 @@ class EnergyScore(Score):
             shares: (K,) how frequent each class is to be; where not given, as in the training data.
             temperature: how much farther than usual from the mean of their class draws lie, on the whole.
         """
-        raise TypeError(f"{type(self).__name__} cannot be drawn from: let chains start elsewhere (proposal)")
+        raise ValueError(f"{type(self).__name__} cannot be drawn from: let chains start elsewhere (proposal)")
 
     def forward(self, evidence: Evidence) -> Tensor:
         """Score (B,) images."""

@@ -1,6 +1,8 @@
 """A prior energy of features and the residual energy that corrects it."""
 
 import copy
+import hashlib
+from collections.abc import Mapping
 
 from torch import Tensor
 
@@ -47,9 +49,11 @@ class HybridEnergy(EnergyScore):
             self._load(weights)
 
     def bind(self, backbone: Backbone | None) -> None:
-        """Let the prior copy what it needs, unless it has been loaded."""
+        """Let the prior copy what it needs; what was loaded stays, and raises a ``ValueError`` on another network."""
         if not hasattr(self, "origin"):
             self.prior.bind(backbone)
+        elif backbone is None or fingerprint(backbone.state_dict()) != self._network:
+            raise ValueError(f"{self.origin['source']} was trained on the features of a network with other weights")
 
     def update(self, evidence: Evidence, labels: Tensor) -> None:
         """Fit the prior."""
@@ -88,6 +92,9 @@ class HybridEnergy(EnergyScore):
         path = locate(source)
         checkpoint = read_checkpoint(path)
         state = checkpoint.get("state_dict", {}) if isinstance(checkpoint, dict) else {}
+        network = {
+            name.removeprefix("backbone."): value for name, value in state.items() if name.startswith("backbone.")
+        }
         own = {name.removeprefix(PART): value for name, value in state.items() if name.startswith(PART)}
         if not own:
             raise ValueError(f"{path} holds no energy of HEAT: it is the checkpoint of another method")
@@ -96,4 +103,13 @@ class HybridEnergy(EnergyScore):
         except RuntimeError as error:
             raise ValueError(f"{path} does not fit this energy, nothing was loaded: {error}") from error
         self.load_state_dict(own)
+        self._network = fingerprint(network)
         self.origin = {"source": source, "file": path.name, "sha256": file_sha256(path)}
+
+
+def fingerprint(state: Mapping[str, Tensor]) -> str:
+    """Hash the values of a state dict in float32, which a network keeps in any wider type."""
+    digest = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        digest.update(name.encode() + value.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()

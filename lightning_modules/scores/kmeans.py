@@ -73,5 +73,5 @@ class KMeans(Wrapper):
     def gradient(self, features: Tensor, classes: Tensor | None = None) -> Tensor:
         """Gradient (B, D) of the inner energy; its classes are clusters, of which labels say nothing."""
         if classes is not None:
-            raise TypeError("the classes of KMeans are clusters, not labels: leave conditional off")
+            raise ValueError("the classes of KMeans are clusters, not labels: leave conditional off")
         return super().gradient(features)

@@ -96,5 +96,5 @@ class Wrapper(EnergyScore):
     def _energy(self) -> EnergyScore:
         if not isinstance(self.score, EnergyScore):
             name, inner = type(self).__name__, type(self.score).__name__
-            raise TypeError(f"{inner} is no energy of features, and so {name} around it is none either")
+            raise ValueError(f"{inner} is no energy of features, and so {name} around it is none either")
         return self.score

@@ -93,6 +93,7 @@ def test_an_extraction_that_is_killed_continues_where_it_was(processes):
     assert killed.arrays() == whole.arrays()
 
 
+@pytest.mark.slow
 def test_two_runs_that_want_one_cache_extract_it_once(processes):
     both = processes("both")
     arrived = both.folder / "arrived"

@@ -11,6 +11,7 @@ import yaml
 from scipy.special import logsumexp
 
 from backbones.digits_net import DigitsNet
+from backbones.weights import file_sha256
 from datamodules.digits import Digits
 from experiments.__main__ import main
 from experiments.heat_evaluate import name_members
@@ -142,6 +143,11 @@ def test_members_and_compositions_in_one_pass(trained):
     assert results["forwards"] == {"images": splits["train"] + scored}
     assert splits["fit"] == splits["train"]  # whatever the priors were fitted on
     assert results["truncated"] is False
+    for kind, run in zip(KINDS, RUNS, strict=True):  # which files the numbers are from
+        digest = file_sha256(trained / run / "seed0" / "last.ckpt")
+        origin = {"source": f"run:{run}", "file": "last.ckpt", "sha256": digest}
+        assert results["weights"][kind] == origin
+        assert results["weights"][f"composition_0.members.{KINDS.index(kind)}"] == origin
 
     for run, kind in zip(RUNS, KINDS, strict=True):
         alone, own = record(trained / run / "seed0")
@@ -168,12 +174,16 @@ def test_a_member_that_is_trained_again_counts(runs):
 
 def test_own_scores_join_and_other_data_are_refused(runs, capsys):
     (runs.parent / "_own.yaml").write_text("evaluation: {scores: {msp: lightning_modules.scores.logits.MSP}}\n")
-    own = ["--config", str(runs.parent / "_own.yaml"), "--name", "own", "--beta", "0.5", "-inf"]
+    own = ["--config", str(runs.parent / "_own.yaml"), "--name", "own", "--beta", "0.5", "-inf", "-1e-3"]
     shutil.move(runs / RUNS[2], runs.parent / "elsewhere")
-    given = [RUNS[0], f"{runs / RUNS[1]}/seed0", runs.parent / "elsewhere" / "seed0"]
+    given = [f"run:{RUNS[0]}", f"{runs / RUNS[1]}/seed0", runs.parent / "elsewhere" / "seed0"]
     assert evaluate(*own, runs=given) == 0
     results, _ = record(runs / "heat" / "digits" / "own")
-    assert {row["score"] for row in results["rows"]} == {"msp", *KINDS, "composition_0.5", "composition_-inf"}
+    assert {row["score"] for row in results["rows"]} == {
+        "msp",
+        *KINDS,
+        *(f"composition_{beta}" for beta in ("0.5", "-inf", "-0.001")),
+    }
     assert results["weights"]["backbone"]["source"] == f"run:{RUNS[0]}"
 
     assert evaluate(*own, runs=given) == 2
@@ -182,7 +192,11 @@ def test_own_scores_join_and_other_data_are_refused(runs, capsys):
     assert "not the data that the runs were fitted on\n  mean: [0.5] there, [0.4] here" in capsys.readouterr().err
     assert evaluate("--name", "taken", "--evaluation.scores.el", "lightning_modules.scores.logits.MSP", runs=given) == 2
     assert "el is what members and compositions are called" in capsys.readouterr().err
-    assert not (runs / "heat" / "digits" / "other").exists()
+    network = write_network(runs.parent / "other.pt", seed=1)
+    other = ["--model.init_args.backbone.init_args.weights", str(network)]
+    assert evaluate("--name", "network", *other, runs=given) == 2
+    assert f"run:{RUNS[0]} was trained on the features of a network with other weights" in capsys.readouterr().err
+    assert not (runs / "heat" / "digits" / "other" / "results.json").exists()
 
 
 def edit(path, *keys, value):
@@ -204,6 +218,12 @@ def test_runs_that_cannot_be_composed(runs, capsys):
     assert "`make heat-cifar10_el` makes it" in refusal(runs=["heat/cifar10_el"])
     assert "gmm_seed0: give each run once" in refusal(runs=[RUNS[1], RUNS[1]])
     assert "beta is a number" in refusal("--beta", "nan", "--name", "nan")
+    shutil.copytree(runs / RUNS[1], runs / "heat" / "digits_gmm_warm")
+    edit(runs / "heat" / "digits_gmm_warm" / "seed0" / "config.yaml", "experiment", value="heat/digits_gmm_warm")
+    shutil.copytree(runs / RUNS[1], runs / "heat" / "digits_gmm_cold")
+    edit(runs / "heat" / "digits_gmm_cold" / "seed0" / "config.yaml", "experiment", value="heat/digits_gmm_cold")
+    error = refusal(runs=["heat/digits_gmm_warm", "heat/digits_gmm_cold"])
+    assert "have only the name of an experiment, heat/digits_gmm, in common: give --experiment" in error
     shutil.copytree(folder, folder.with_name("mine"))
     edit(folder.with_name("mine") / "config.yaml", "name", value="mine")
     assert "called seed0, mine: give --name" in refusal(runs=[*RUNS[:2], f"{RUNS[2]}/mine"])

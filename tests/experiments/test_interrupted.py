@@ -80,7 +80,7 @@ def status(folder, name):
     return json.loads((folder / "tests" / "broken" / name / "run.json").read_text())["status"]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_killed_in_mid_epoch_continues_to_the_same_bits(folder, workers):
     (folder / "broke_whole").write_text("1")
     whole = fit(folder, "whole", workers, signal.SIGKILL)

@@ -127,20 +127,29 @@ def test_scores_and_metrics_equal_those_of_one_process(records, processes):
     assert results_n["splits"] == results_1["splits"]
 
 
-def test_all_scores_and_what_they_learn_equal_those_of_one_process(folder):
+def every_score(folder, processes):
     # In float64, so that what is compared is the reduction and not the rounding of the network.
-    every = ["--config", str(ROOT / "experiments" / "_all_scores.yaml")]
-    (_, samples_1, states_1), *others = (run(folder, n, "64-true", *every) for n in (1, 2, 3))
-    for _, samples, states in others:
-        for name, values in samples_1.items():
-            if name.startswith("score/"):
-                # a difference of distances may be next to nothing
-                np.testing.assert_allclose(samples[name], values, 1e-5, 1e-7 * np.abs(values).max(), err_msg=name)
-        for name, state in states_1.items():
-            for key, value in state.items():
-                other = states[name][key]
-                if key == "bank":  # a set of rows: every order gives the same neighbours
-                    value, other = value[value[:, 0].argsort()], other[other[:, 0].argsort()]
-                # of directions, small entries are less certain
-                least = 1e-12 + (1e-9 * float(value.abs().max()) if name in DIRECTIONS else 0)
-                np.testing.assert_allclose(other, value, rtol=1e-9, atol=least, err_msg=f"{name}.{key}")
+    return run(folder, processes, "64-true", "--config", str(ROOT / "experiments" / "_all_scores.yaml"))
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    return every_score(folder, 1)
+
+
+@pytest.mark.parametrize("processes", [pytest.param(2, marks=pytest.mark.slow), 3])
+def test_all_scores_and_what_they_learn_equal_those_of_one_process(folder, alone, processes):
+    _, samples_1, states_1 = alone
+    _, samples, states = every_score(folder, processes)
+    for name, values in samples_1.items():
+        if name.startswith("score/"):
+            # a difference of distances may be next to nothing
+            np.testing.assert_allclose(samples[name], values, 1e-5, 1e-7 * np.abs(values).max(), err_msg=name)
+    for name, state in states_1.items():
+        for key, value in state.items():
+            other = states[name][key]
+            if key == "bank":  # a set of rows: every order gives the same neighbours
+                value, other = value[value[:, 0].argsort()], other[other[:, 0].argsort()]
+            # of directions, small entries are less certain
+            least = 1e-12 + (1e-9 * float(value.abs().max()) if name in DIRECTIONS else 0)
+            np.testing.assert_allclose(other, value, rtol=1e-9, atol=least, err_msg=f"{name}.{key}")

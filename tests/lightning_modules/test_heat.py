@@ -146,10 +146,11 @@ def test_cached_features_have_the_scores_of_images(dtype, tolerance):
     torch.testing.assert_close(actual, module(images).scores["heat"], rtol=tolerance, atol=tolerance)
 
 
-def test_unfitted_module_is_refused_in_words():
+def test_an_unfitted_module_scores_nothing_and_is_not_trained():
     module = HEAT(Net(), GMMEnergy(), ResidualEnergy(WIDTH, 8), SGLD(1, 0.1, 0.1), adam)
+    assert module(draw()[0]).scores == {}
     with pytest.raises(RuntimeError, match=r"prior of HybridEnergy is not fitted: it needs 1 pass\(es\)"):
-        module(draw()[0])
+        module.training_step(batch_of(module), 0)
 
 
 # The loss and its parts
@@ -370,10 +371,13 @@ def spoilt(batch, value):
     ("spoil", "message"),
     [
         (lambda batch: (draw()[0], batch.labels, batch.ids), "this batch holds images: add callbacks.frozen_features"),
-        (lambda batch: batch._replace(labels=batch.labels - 1), "trained without outliers"),
-        (lambda batch: spoilt(batch, -0.1), "some features are below 0.*set sgld.relu to false"),
-        (lambda batch: spoilt(batch, math.nan), "the features of training image 43 are NaN or infinite"),
-        (lambda batch: spoilt(batch, math.inf), "the features of training image 43 are NaN or infinite"),
+        (
+            lambda batch: batch._replace(labels=batch.labels - 1),
+            "image 0 is an outlier: HEAT is trained without",
+        ),
+        (lambda batch: spoilt(batch, -0.1), "has features below 0.*set sgld.relu to false"),
+        (lambda batch: spoilt(batch, math.nan), "training image 43 has features that are NaN or infinite"),
+        (lambda batch: spoilt(batch, math.inf), "training image 43 has features that are NaN or infinite"),
     ],
 )
 def test_batches_that_it_cannot_train_on_are_refused(spoil, message):
@@ -391,7 +395,9 @@ def test_negative_features_are_fine_without_relu():
 
 def test_a_prior_that_cannot_be_drawn_from_says_what_to_do():
     module = fitted(FeatureEnergy(Energy()))
-    with pytest.raises(TypeError, match=r"FeatureEnergy cannot be drawn from: let chains start elsewhere \(proposal\)"):
+    with pytest.raises(
+        ValueError, match=r"FeatureEnergy cannot be drawn from: let chains start elsewhere \(proposal\)"
+    ):
         module.training_step(batch_of(module), 0)
 
 
@@ -486,9 +492,12 @@ def test_a_step_that_goes_too_far_is_caught_before_it_is_saved(tmp_path):
 
 
 def test_a_process_stops_when_another_has_diverged(monkeypatch):
-    monkeypatch.setattr(heat, "sum_over_processes", lambda lost: lost + 1)
     module = fitted()
+    real = module.energy.embed(batch_of(module).evidence)
+    monkeypatch.setattr(heat, "sum_over_processes", lambda lost: lost + 1)
     with pytest.raises(DivergenceError, match="a chain's end is lost on another process"):
+        module.contrast(real, real, None)
+    with pytest.raises(ValueError, match="training an image of another process is an outlier"):
         module.training_step(batch_of(module), 0)
 
 
@@ -592,3 +601,43 @@ def test_images_are_encoded_without_the_energies():
     evidence = fitted().encode(draw()[0])
     assert isinstance(evidence, Evidence)
     assert evidence.scores == {}
+
+
+@pytest.mark.parametrize("step_size", [1e3, 1e10, 1e30])
+def test_a_projection_does_not_hide_chains_that_explode(step_size):
+    module = fitted(sgld=SGLD(3, step_size, 0.0))
+    assert module.energy.unit_length
+    with pytest.raises(DivergenceError, match=r"length of a chain's step reaches.*lower step_size"):
+        module.training_step(batch_of(module), 0)
+
+
+def test_ends_of_energies_far_beyond_all_others_are_lost():
+    module = fitted(sgld=SGLD(1, 0.0, 0.0))
+    starts = real = module.energy.embed(batch_of(module).evidence)
+    module.contrast(real, starts, None)
+    energy = module.energy.prior.energy
+    high = torch.ones(2 * SIZE)
+    high[0] = 1e5
+    module.energy.prior.energy = lambda rows: energy(rows) * (high if len(rows) == len(high) else 1)
+    with pytest.raises(DivergenceError, match=r"the energy of a chain's end reaches.*lower step_size"):
+        module.contrast(real, starts, None)
+
+
+def test_diagnostics_reach_the_loggers():
+    trainer = Trainer(max_epochs=1, limit_val_batches=0, enable_checkpointing=False, **QUIET)
+    module = fitted()
+    for name in ("log", "log_dict"):
+        vars(module).pop(name)
+    batches = DataLoader([batch_of(module)], batch_size=None)
+    trainer.fit(module, batches, batches)
+    diagnostics = ["energy_real", "energy_starts", "energy_ends", "residual_real", "residual_negatives"]
+    diagnostics += ["last_gradient", "movement", "saturation", "balance", "loss"]
+    assert {f"train/{name}" for name in diagnostics} <= trainer.logged_metrics.keys()
+    assert trainer.logged_metrics["train/movement"] > 0
+
+
+def test_chains_that_die_at_the_origin_are_lost():
+    module = fitted(sgld=SGLD(1, 3.0, 0.0))
+    module.energy.gradient = lambda features, classes: features
+    with pytest.raises(DivergenceError, match=r"share of chains that are at 0 reaches 1.*lower step_size"):
+        module.training_step(batch_of(module), 0)

@@ -352,9 +352,9 @@ def test_what_is_no_energy_of_features_is_refused():
 
 def test_what_only_mixtures_can_is_refused():
     score = fit(FeatureEnergy(Energy()), *draw(), Net().double())
-    with pytest.raises(TypeError, match="FeatureEnergy cannot be drawn from"):
+    with pytest.raises(ValueError, match="FeatureEnergy cannot be drawn from"):
         score.sample(3)
-    with pytest.raises(TypeError, match="FeatureEnergy has no energy of a class"):
+    with pytest.raises(ValueError, match="FeatureEnergy has no energy of a class"):
         score.gradient(torch.ones(2, 5).double(), torch.zeros(2, dtype=torch.int64))
 
 
@@ -413,9 +413,9 @@ def test_a_wrapper_around_what_is_no_energy_scores_all_the_same_but_is_no_prior(
     score = fit(PCA(KNN(k=3), components=3), *draw())
     assert score(evidence(draw(seed=3)[0])).shape == (600,)
     for use in (score.embed, score.energy, score.gradient, score.sample):
-        with pytest.raises(TypeError, match="KNN is no energy of features, and so PCA around it is none either"):
+        with pytest.raises(ValueError, match="KNN is no energy of features, and so PCA around it is none either"):
             use(evidence(draw(seed=3)[0]))
-    with pytest.raises(TypeError, match="KNN is no energy"):
+    with pytest.raises(ValueError, match="KNN is no energy"):
         HybridEnergy(PCA(KNN()), ResidualEnergy(5))
 
 
@@ -561,7 +561,11 @@ def test_a_trained_energy_is_read_from_its_run(checkpoints, prior):
     trained = saved(checkpoints / "heat" / "digits_gmm" / "seed0", prior)
     score = HybridEnergy(PRIORS[prior](), residual(seed=9), prior_temperature=100.0, weights="run:heat/digits_gmm")
     assert score.fitted
-    score.bind(None)  # it needs no head any more
+    score.bind(Net())
+    other = Net()
+    other.fc.bias.data[0] += 1e-3
+    with pytest.raises(ValueError, match="run:heat/digits_gmm was trained on the features of a network with other"):
+        score.bind(other)
     queries = evidence(draw(seed=3)[0].float(), Net())
     assert torch.equal(score(queries), trained(queries))
     file = checkpoints / "heat" / "digits_gmm" / "seed0" / "last.ckpt"
@@ -598,5 +602,5 @@ def test_a_run_that_is_not_there_is_named(checkpoints):
 
 def test_clusters_are_no_labels():
     score = KMeans(GMMEnergy())
-    with pytest.raises(TypeError, match="clusters, not labels"):
+    with pytest.raises(ValueError, match="clusters, not labels"):
         score.gradient(torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64))
