@@ -150,7 +150,7 @@ def quiet() -> Iterator[None]:
     logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
-            for expected in ("LeafSpec", "modules in eval mode", "does not have many workers"):
+            for expected in ("LeafSpec", "in eval mode", "does not have many workers"):
                 warnings.filterwarnings("ignore", f".*{expected}")
             yield
     finally:
