@@ -213,7 +213,7 @@ def test_bf16_changes_nothing_but_rounding(case):
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # inside the compiler of torch 2.11
-@pytest.mark.parametrize("case", some_by_default("digits"))
+@pytest.mark.parametrize("case", some_by_default())
 def test_compiled_networks_agree(case, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     torch.compiler.reset()

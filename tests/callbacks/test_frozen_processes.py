@@ -77,6 +77,7 @@ def processes(tmp_path):
     return lambda name: Processes(tmp_path / name)
 
 
+@pytest.mark.slow
 def test_an_extraction_that_is_killed_continues_where_it_was(processes):
     whole, killed = processes("whole"), processes("killed")
     output = whole.run("features")

@@ -141,9 +141,10 @@ def shrink(recipe, folder):
     classes = backbone["num_classes"] = min(backbone["num_classes"], 6)
     backbone |= {"input_shape": list(shape), "weights": None}
     channels, *size = shape
-    images = np.random.default_rng(0).integers(0, 256, (24, *size, channels), dtype=np.uint8)
+    number = 24 if "depth" in backbone else 240  # which is enough for 64 features
+    images = np.random.default_rng(0).integers(0, 256, (number, *size, channels), dtype=np.uint8)
     file = str(folder / "images.npz")
-    np.savez(file, images=images, labels=np.arange(24) % classes)
+    np.savez(file, images=images, labels=np.arange(number) % classes)
     data = {"train": file, "test": file, "batch_size": 6, "mean": [0.5], "std": [0.5]}
     recipe["data"] = {"class_path": "datamodules.arrays.Arrays", "init_args": data}
     if "accumulate_grad_batches" in recipe["trainer"]:
