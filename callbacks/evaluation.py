@@ -212,7 +212,7 @@ class OODEvaluation(Callback):
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gather, compute, write, log."""
         module, data = _parts(trainer, pl_module)
-        samples = self._gather(module, data, list(_loaders(trainer)))
+        samples = self._gather(module, data, list(_loaders(trainer))[data.fit_passes :])
         images = int(sum_over_processes(torch.tensor(self._images, device=pl_module.device)))
         if not trainer.is_global_zero:
             return
@@ -276,11 +276,10 @@ class OODEvaluation(Callback):
                 raise ValueError(f"calibrating {name} on the held-out ID images: {error}") from error
             self._calibration_forwards[name] = score.calibration_forwards * total
 
-    def _gather(self, module: OODModule, data: OODDataModule, loaders: Sequence[str]) -> Samples:
+    def _gather(self, module: OODModule, data: OODDataModule, splits: Sequence[str]) -> Samples:
         """Join the rows of all processes: each id exactly once, in order."""
         parts: list[dict[str, np.ndarray]] = []
         repeats: dict[str, np.ndarray] = {}
-        splits = list(loaders)[data.fit_passes :]
         for index, split in enumerate(splits):
             ids, labels, predictions, scores = zip(*self._rows[split], strict=True)
             named = {name: widen(torch.cat([batch[name] for batch in scores])) for name in scores[0]}

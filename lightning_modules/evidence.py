@@ -39,6 +39,16 @@ class EvidenceBatch(NamedTuple):
     ids: Tensor
 
 
+def need_cached(batch: object, method: str) -> EvidenceBatch:
+    """Return a training batch that holds evidence, and raise a ``ValueError`` in words where it holds images."""
+    if not isinstance(batch, EvidenceBatch):
+        raise ValueError(
+            f"{method} trains on cached features, this batch holds images: add "
+            "callbacks.frozen_features.FrozenFeatures to trainer.callbacks+"
+        )
+    return batch
+
+
 def observe(backbone: Backbone, images: Tensor, taps: Collection[str] = ()) -> Evidence:
     """Run a classifier once over (B, C, H, W) images: logits, the penultimate features, and the other ``taps``."""
     _, features = backbone.forward_intermediates(images, {"penultimate", *taps})

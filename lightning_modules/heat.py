@@ -15,7 +15,7 @@ from torch import Tensor
 from backbones.backbone import Backbone
 from backbones.residual_energy import ResidualEnergy
 from lightning_modules.distributed import sum_over_processes
-from lightning_modules.evidence import Evidence, EvidenceBatch, observe
+from lightning_modules.evidence import Evidence, EvidenceBatch, need_cached, observe
 from lightning_modules.losses.contrastive_divergence import contrastive_divergence
 from lightning_modules.ood_module import Batch, Images, OODModule
 from lightning_modules.samplers.figure import chains_figure
@@ -120,11 +120,7 @@ class HEAT(OODModule):
         Raises:
             DivergenceError: chains or energies are lost; the parameters are still those before this step.
         """
-        if not isinstance(batch, EvidenceBatch):
-            raise ValueError(
-                "HEAT trains on cached features, this batch holds images: add callbacks.frozen_features.FrozenFeatures "
-                "to trainer.callbacks+"
-            )
+        batch = need_cached(batch, "HEAT")
         with full_precision(self.device):
             real = self.energy.embed(batch.evidence)
             self._refuse(batch.labels < 0, batch.ids, "is an outlier: HEAT is trained without outlier_feed")

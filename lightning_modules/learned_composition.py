@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from backbones.backbone import Backbone
-from lightning_modules.evidence import Evidence, EvidenceBatch, observe
+from lightning_modules.evidence import Evidence, EvidenceBatch, need_cached, observe
 from lightning_modules.ood_module import Batch, Images, OODModule
 from lightning_modules.scores.composition import Composition, compose
 from lightning_modules.scores.gmm import GMMEnergy
@@ -92,11 +92,7 @@ class LearnedComposition(OODModule):
         Each part has gradients of its own loss alone, and Adam scales every parameter by itself: one optimiser of the
         sum does what three would do.
         """
-        if not isinstance(batch, EvidenceBatch):
-            raise ValueError(
-                "LearnedComposition trains on cached features, this batch holds images: add "
-                "callbacks.frozen_features.FrozenFeatures to trainer.callbacks+"
-            )
+        batch = need_cached(batch, "LearnedComposition")
         if (batch.evidence.features["penultimate"] < 0).any():
             raise ValueError(
                 "some features are below 0, where generated ones never are: take a network whose last map is "
