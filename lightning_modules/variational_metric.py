@@ -22,7 +22,7 @@ from backbones.autoencoders import Autoencoder
 from backbones.backbone import Backbone
 from lightning_modules.evidence import Evidence
 from lightning_modules.losses.class_conditional_kl import class_conditional_kl
-from lightning_modules.losses.latent_statistics import LatentStatistics
+from lightning_modules.losses.latent_statistics import COURSE, LatentStatistics
 from lightning_modules.losses.triplet_distancing import TripletDistancingLoss, distancing_margin
 from lightning_modules.ood_module import Batch, Column, Images, OODModule
 from lightning_modules.scores.class_density import ClassDensity, weighted_score
@@ -138,16 +138,16 @@ class VariationalMetric(OODModule):
     def forward(self, images: Images) -> Evidence:
         """Observe (B, C, H, W) images: class log-likelihoods (B, K), features and ``latent`` (B, L), scores."""
         _, features = self.backbone.forward_intermediates(images, {"penultimate", *self.taps})
-        features[LATENT] = self.fc_mu(features["penultimate"])
+        with full_precision(self.device):
+            features[LATENT] = self.fc_mu(widen(features["penultimate"]))
         if self.autoencoder is not None:
             features[ERROR] = self._reconstruction_error(images, features)
-        with full_precision(self.device):
-            logits = self.statistics.log_likelihoods(features[LATENT]).to(widen(features[LATENT]).dtype)
-        evidence = Evidence(logits, features, {}, None)
         density = self.density.density if isinstance(self.density, WeightedDensity) else self.density
-        if not density.fitted:
-            return evidence
         with full_precision(self.device):
+            logits = self.statistics.log_likelihoods(features[LATENT]).to(features[LATENT].dtype)
+            evidence = Evidence(logits, features, {}, None)
+            if not density.fitted:
+                return evidence
             logits = density.log_likelihoods(evidence)
         scores = {"likelihood": -logits.amax(1)}
         if self.autoencoder is not None:
@@ -174,10 +174,12 @@ class VariationalMetric(OODModule):
         if (labels < 0).any():
             raise ValueError("this method is trained without outliers: leave out outlier_feed")
         features = self._encode(images)
-        mean, log_variance = self.fc_mu(features), self.fc_var(features)
-        with full_precision(self.device):
-            mean, log_variance = widen(mean), widen(log_variance).clamp(-10, 10)
-            draws = mean + (log_variance / 2).exp() * torch.randn_like(mean)
+        with full_precision(self.device):  # of latent vectors that are 33 long, bfloat16 would round off the deviation
+            features = widen(features)
+            mean, log_variance = self.fc_mu(features), self.fc_var(features).clamp(-10, 10)
+            deviation = (log_variance / 2).exp()
+            draws = mean + deviation * torch.randn_like(mean)
+            self.statistics.update(draws, labels, deviation)
             loss, triplet, distancing, active = self.metric(draws, labels, self.current_margin)
             if self.current_epoch >= self.kl_epoch:
                 centres = self.statistics.means.to(mean)
@@ -185,9 +187,7 @@ class VariationalMetric(OODModule):
                 divergence = self.kl_weight * class_conditional_kl(mean, log_variance, labels, centres, draws=shown)
                 self.log("train/kl", divergence)
                 loss = loss + divergence
-            self.statistics.update(draws.detach(), labels)
         self.log_dict({"train/triplet": triplet, "train/distancing": distancing, "train/active": active})
-        self.log("train/sigma", (log_variance.detach() / 2).exp().mean(), on_step=False, on_epoch=True)
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
@@ -204,11 +204,9 @@ class VariationalMetric(OODModule):
     def on_train_epoch_end(self) -> None:
         """End the statistics of the epoch, and log what the latent space looks like."""
         super().on_train_epoch_end()
-        self.statistics.finish()
-        means = self.statistics.means
-        self.log("latent/margin", self.current_margin)
-        self.log("latent/mean_norm", means.norm(dim=1).mean())
-        self.log("latent/least_distance", torch.nn.functional.pdist(means).amin())
+        self.statistics.finish(self.current_margin)
+        for name, value in zip(COURSE, self.statistics.course[-1], strict=True):
+            self.log(f"latent/{name}", value)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Begin with the rate of the heads where only they learn at first."""
@@ -229,7 +227,7 @@ class VariationalMetric(OODModule):
         images, labels, _ = batch
         _, features = self.backbone.forward_intermediates(images, {"penultimate"})
         with full_precision(self.device):
-            likelihoods = self.statistics.log_likelihoods(self.fc_mu(features["penultimate"]))
+            likelihoods = self.statistics.log_likelihoods(self.fc_mu(widen(features["penultimate"])))
         known = labels >= 0
         if known.any():  # a process's share may hold none
             self.val_accuracy.update(likelihoods[known], labels[known])

@@ -9,6 +9,9 @@ from torch import Tensor, nn
 from lightning_modules.distributed import gather_rows
 
 
+COURSE = ("margin", "sigma", "least_norm", "mean_norm", "greatest_norm", "least_distance")
+
+
 class LatentStatistics(nn.Module):
     """Mean and covariance of each class over an epoch of a network that moves, and what its classes would reject.
 
@@ -19,7 +22,7 @@ class LatentStatistics(nn.Module):
         means: (K, L), zero before the first epoch has finished.
         covariances: (K, L, L), divided by the number of samples; the identity before the first epoch has finished.
         bounds: (K,) the log-likelihood below which an image is not of the class; -inf at first.
-        epochs: how many have finished.
+        course: (epochs, 6) of every epoch that has finished, as ``COURSE`` names the columns.
 
     Args:
         num_classes: K.
@@ -30,10 +33,11 @@ class LatentStatistics(nn.Module):
     means: Tensor
     covariances: Tensor
     bounds: Tensor
-    epochs: Tensor
+    course: Tensor
     counts: Tensor
     sums: Tensor
     moments: Tensor
+    deviations: Tensor
     likelihoods: Tensor
 
     def __init__(self, num_classes: int, latent_dim: int, lower_bound: float = 0.05) -> None:
@@ -45,25 +49,35 @@ class LatentStatistics(nn.Module):
         self.register_buffer("means", means)
         self.register_buffer("covariances", torch.eye(latent_dim, dtype=torch.float64).repeat(num_classes, 1, 1))
         self.register_buffer("bounds", torch.full_like(means[:, 0], -math.inf))
-        self.register_buffer("epochs", torch.tensor(0))
+        self.register_buffer("course", means.new_zeros(0, len(COURSE)))
         self._restart()
 
     @torch.no_grad()
-    def update(self, latents: Tensor, labels: Tensor) -> None:
-        """Add a batch of (B, L) latents with labels (B,), of all processes."""
-        latents, labels = gather_rows(latents.double()), gather_rows(labels)
-        if self.epochs:
+    def update(self, latents: Tensor, labels: Tensor, deviations: Tensor) -> None:
+        """Add a batch of (B, L) latents with labels (B,), and their posteriors' (B, L) deviations, of all processes.
+
+        Raises:
+            ValueError: on every process, where a latent of any of them is not finite.
+        """
+        rows = gather_rows(torch.cat([latents, deviations.mean(1, keepdim=True)], 1).double())
+        labels, latents = gather_rows(labels), rows[:, :-1]
+        if lost := int((~rows.isfinite()).any(1).sum()):
+            raise ValueError(
+                f"the latent vectors of {lost} of {len(rows)} images are not finite, the training has diverged: a lower "
+                "learning rate may help"
+            )
+        if len(self.course):
             own = self.log_likelihoods(latents).gather(1, labels[:, None])
             self.likelihoods = torch.cat([self.likelihoods, torch.cat([labels[:, None].double(), own], 1)])
-        for label in labels.unique():
-            rows = latents[labels == label]
-            self.counts[label] += len(rows)
-            self.sums[label] += rows.sum(0)
-            self.moments[label] += rows.T @ rows
+        members = nn.functional.one_hot(labels, len(self.means)).T.double()
+        self.counts += members.sum(1)
+        self.sums += members @ latents
+        self.moments += (members[:, :, None] * latents).mT @ latents
+        self.deviations += rows[:, -1].sum()
 
     @torch.no_grad()
-    def finish(self) -> None:
-        """End an epoch; a class that was not seen keeps its statistics."""
+    def finish(self, margin: float) -> None:
+        """End an epoch, whose loss has asked for ``margin``; a class that was not seen keeps its statistics."""
         seen = self.counts > 0
         means = self.sums[seen] / self.counts[seen, None]
         self.means[seen] = means
@@ -71,7 +85,10 @@ class LatentStatistics(nn.Module):
         for label in self.likelihoods[:, 0].unique().long():
             values = self.likelihoods[self.likelihoods[:, 0] == label, 1]
             self.bounds[label] = values.sort().values[int(self.lower_bound * len(values))]
-        self.epochs += 1
+        norms, sigma = self.means.norm(dim=1), self.deviations / self.counts.sum()
+        shape = [norms.amin(), norms.mean(), norms.amax(), nn.functional.pdist(self.means).amin()]
+        row = torch.stack([torch.full_like(sigma, margin), sigma, *shape])
+        self.course = torch.cat([self.course, row[None]])
         self._restart()
 
     def log_likelihoods(self, latents: Tensor) -> Tensor:
@@ -92,8 +109,10 @@ class LatentStatistics(nn.Module):
         self.register_buffer("counts", torch.zeros_like(self.means[:, 0]))
         self.register_buffer("sums", torch.zeros_like(self.means))
         self.register_buffer("moments", torch.zeros_like(self.covariances))
+        self.register_buffer("deviations", self.means.new_zeros(()))
         self.register_buffer("likelihoods", self.means.new_zeros(0, 2))  # of an epoch: label, log-likelihood
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        self.likelihoods = self.likelihoods.new_empty(state_dict[prefix + "likelihoods"].shape)
+        for name in ("likelihoods", "course"):
+            setattr(self, name, self.means.new_empty(state_dict[prefix + name].shape))
         super()._load_from_state_dict(state_dict, prefix, *args)
