@@ -15,7 +15,7 @@ from datamodules.batch import Batch, TrainingBatch
 from datamodules.images import ImageSet, Rows, WithOutliers, data_root, to_float
 from datamodules.loader import Loader
 from datamodules.packed import pack
-from datamodules.plans import Balanced, BalancedPlan, BatchPlan, GivenPlan, PairedPlan, Plan
+from datamodules.plans import Balanced, BatchPlan, GivenPlan, PairedPlan, Plan
 from datamodules.sets import Group, Sets
 from datamodules.splits import OODSubset, Subset, draw, stratified_split
 
@@ -63,8 +63,8 @@ class OODDataModule(LightningDataModule, ABC):
         outlier_feed: how outliers come into training: ``paired`` puts a fixed number into each batch, ``mixed``
             shuffles them among the ID images; ``None``: not at all.
         outlier_ratio: outliers for each ID row of a paired batch.
-        balanced: train on batches of equally many images of each of some classes, without outliers. Each device takes
-            whole batches: with W of them, a step of the optimiser sees W batches.
+        balanced: train on batches of equally many images of each of some classes, without outliers; each device draws
+            the classes of its share itself.
         fit_limit: fit scores on at most so many ID training images, drawn by ``split_seed``.
     """
 
@@ -178,8 +178,7 @@ class OODDataModule(LightningDataModule, ABC):
                     f"balanced batches need a row for each of the {len(known)} ID training images, whose labels they "
                     f"go by; {length} are served"
                 )
-            classes, images = self.balanced.classes_per_batch, self.balanced.images_per_class
-            plan = BalancedPlan(known.labels, classes, images, self.seed)
+            plan = self.balanced.plan(known.labels, self.seed)
         elif self.outlier_feed == "paired":
             outliers = length - len(known)
             plan = PairedPlan(len(known), outliers, self.batch_size, self.outlier_ratio, self.seed, self.drop_last)

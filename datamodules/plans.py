@@ -2,7 +2,7 @@
 
 A plan lays out total batches, from (seed, epoch) alone; rank r of W takes rows ``r::W`` of each. So all ranks have
 equally many batches, and W processes together see the batches of one. Balanced batches alone are not divided: there,
-rank r takes the batches ``r::W``.
+rank r takes the batches ``r::W``, which are smaller for it.
 """
 
 from abc import ABC, abstractmethod
@@ -158,12 +158,23 @@ class Balanced:
     """Training batches that hold equally many images of each of some classes.
 
     Attributes:
-        classes_per_batch: how many classes, drawn anew for each batch.
-        images_per_class: how many images of each.
+        classes_per_batch: how many classes, drawn anew for each batch; on several devices, for that of each.
+        images_per_class: how many images of each, over all devices together.
     """
 
     classes_per_batch: int
     images_per_class: int
+
+    def plan(self, labels: Tensor, seed: int) -> "BalancedPlan":
+        """Lay out batches of rows with (N,) labels, for as many processes as there are."""
+        _, world_size = rank_and_world_size()
+        share, rest = divmod(self.images_per_class, world_size)
+        if rest or (world_size > 1 and share < 2):
+            raise ValueError(
+                f"images_per_class is over all devices together: {self.images_per_class} cannot be shared by "
+                f"{world_size} of them, each of which takes equally many and at least 2"
+            )
+        return BalancedPlan(labels, self.classes_per_batch, share, seed)
 
 
 class BalancedPlan(BatchPlan):
@@ -174,7 +185,8 @@ class BalancedPlan(BatchPlan):
     on average, not in each epoch.
 
     A process takes whole batches: rank r of W takes batches ``r::W``, all ranks equally many, and a step of the
-    optimiser sees W balanced batches. A row may be in batches of several ranks.
+    optimiser sees W balanced batches, which ``Balanced.plan`` therefore makes smaller. A row may be in batches of
+    several ranks.
 
     Args:
         labels: (N,) class of each row.

@@ -8,7 +8,7 @@ Freifeld, "Variational- and Metric-based Deep Latent Space for Out-of-Distributi
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -177,9 +177,12 @@ class VariationalMetric(OODModule):
         with full_precision(self.device):  # of latent vectors that are 33 long, bfloat16 would round off the deviation
             features = widen(features)
             mean, log_variance = self.fc_mu(features), self.fc_var(features).clamp(-10, 10)
-            deviation = (log_variance / 2).exp()
-            draws = mean + deviation * torch.randn_like(mean)
-            self.statistics.update(draws, labels, deviation)
+            draws = mean + (log_variance / 2).exp() * torch.randn_like(mean)
+            # the triplets and classes of all processes; to average the gradients of parts would be another loss
+            posteriors = cast(Tensor, self.all_gather(torch.stack([mean, log_variance, draws], 1), sync_grads=True))
+            mean, log_variance, draws = posteriors.view(-1, 3, mean.shape[1]).unbind(1)
+            labels = cast(Tensor, self.all_gather(labels)).flatten()
+            self.statistics.update(draws.detach(), labels, (log_variance.detach() / 2).exp())
             loss, triplet, distancing, active = self.metric(draws, labels, self.current_margin)
             if self.current_epoch >= self.kl_epoch:
                 centres = self.statistics.means.to(mean)

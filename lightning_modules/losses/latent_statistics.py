@@ -6,9 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_modules.distributed import gather_rows
-
-
 COURSE = ("margin", "sigma", "least_norm", "mean_norm", "greatest_norm", "least_distance")
 
 
@@ -54,18 +51,11 @@ class LatentStatistics(nn.Module):
 
     @torch.no_grad()
     def update(self, latents: Tensor, labels: Tensor, deviations: Tensor) -> None:
-        """Add a batch of (B, L) latents with labels (B,), and their posteriors' (B, L) deviations, of all processes.
+        """Add a batch of (B, L) latents with labels (B,), and the (B, L) deviations of their posteriors.
 
-        Raises:
-            ValueError: on every process, where a latent of any of them is not finite.
+        With several processes, every one of them is to give the batch of all.
         """
-        rows = gather_rows(torch.cat([latents, deviations.mean(1, keepdim=True)], 1).double())
-        labels, latents = gather_rows(labels), rows[:, :-1]
-        if lost := int((~rows.isfinite()).any(1).sum()):
-            raise ValueError(
-                f"the latent vectors of {lost} of {len(rows)} images are not finite, the training has diverged: a lower "
-                "learning rate may help"
-            )
+        latents = latents.double()
         if len(self.course):
             own = self.log_likelihoods(latents).gather(1, labels[:, None])
             self.likelihoods = torch.cat([self.likelihoods, torch.cat([labels[:, None].double(), own], 1)])
@@ -73,7 +63,7 @@ class LatentStatistics(nn.Module):
         self.counts += members.sum(1)
         self.sums += members @ latents
         self.moments += (members[:, :, None] * latents).mT @ latents
-        self.deviations += rows[:, -1].sum()
+        self.deviations += deviations.double().mean(1).sum()
 
     @torch.no_grad()
     def finish(self, margin: float) -> None:

@@ -293,22 +293,22 @@ def per_class(labels):
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_balanced_batches_are_handed_out_whole(monkeypatch, world_size):
-    data = toy(balanced=Balanced(3, 4), val_split=0.2, eval_batch_size=7, augmentation=Augmentation(flip=True))
+def test_processes_share_the_images_of_a_balanced_batch(monkeypatch, world_size):
+    images = 12 // world_size
+    data = toy(balanced=Balanced(3, 12), val_split=0.2, eval_batch_size=7, augmentation=Augmentation(flip=True))
 
     def epoch(rank, size):
         monkeypatch.setattr(plans, "rank_and_world_size", lambda: (rank, size))
         return list(data.train_dataloader())
 
-    whole = epoch(0, 1)
-    assert len(whole) == 79 // 12
+    smaller = list(plans.BalancedPlan(data.sets["train"].labels, 3, images))
     for rank in range(world_size):
         batches = epoch(rank, world_size)
-        assert len(batches) == len(data.train_dataloader()) == len(whole) // world_size
-        for batch, expected in zip(batches, whole[rank::world_size], strict=False):
+        assert len(batches) == len(data.train_dataloader()) == 79 // 36
+        for batch, expected in zip(batches, smaller[rank::world_size], strict=False):
             assert isinstance(batch, TrainingBatch)
-            assert per_class(batch.labels) == [4, 4, 4]
-            assert torch.equal(batch.ids, expected.ids)
+            assert per_class(batch.labels) == [images] * 3
+            assert torch.equal(batch.ids, expected)
             assert torch.equal(batch.images, data.sets["train"][batch.ids].images)
     monkeypatch.undo()
     assert {len(batch.ids) for batch in data.val_dataloader()} == {7, 6}
@@ -320,7 +320,7 @@ def test_balanced_training_resumes_in_mid_epoch(monkeypatch, world_size):
     monkeypatch.setattr(plans, "rank_and_world_size", lambda: (world_size - 1, world_size))
 
     def loader():
-        loader = toy(balanced=Balanced(2, 4)).train_dataloader()
+        loader = toy(balanced=Balanced(2, 4 * world_size)).train_dataloader()
         loader.sampler.set_epoch(3)
         return loader
 
@@ -352,6 +352,13 @@ def test_balanced_batches_that_make_no_sense_are_errors():
         toy(balanced=Balanced(3, 4), outlier_feed="mixed")
     with pytest.raises(ValueError, match=r"classes_per_batch must be in 2\.\.4"):
         toy(balanced=Balanced(5, 4)).train_dataloader()
+
+
+@pytest.mark.parametrize("world_size", [3, 4])
+def test_processes_that_cannot_share_a_balanced_batch_are_an_error(monkeypatch, world_size):
+    monkeypatch.setattr(plans, "rank_and_world_size", lambda: (0, world_size))
+    with pytest.raises(ValueError, match=rf"over all devices together: 4 cannot be shared by {world_size} of them"):
+        toy(balanced=Balanced(3, 4)).train_dataloader()
 
 
 def folder_of(path, count, classes=4, size=(6, 6, 3)):
