@@ -6,6 +6,7 @@ import logging
 import os
 import pickle
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,17 +55,54 @@ def load_weights(module: nn.Module, source: str) -> None:
         ValueError: the file is damaged, holds more than plain data, is not the one that was published, or does not fit
             the network: then every missing, unexpected and mis-shaped name is listed.
     """
+    path, digest = _locate_verified(source)
+    _fill({module: adapt(read_state_dict(path), module.state_dict())}, path, source, digest)
+
+
+def load_latent_space(backbone: nn.Module, heads: Mapping[str, nn.Module], source: str) -> None:
+    """Load backbone and latent heads of the variational/metric latent space, or nothing.
+
+    The backbone's classifier ``fc`` has no part in it: it stays as it is.
+
+    Args:
+        backbone: the network.
+        heads: linear maps by the names that they have in files, ``fc_mu`` and ``fc_var``.
+        source: as for ``load_weights``.
+
+    Raises:
+        FileNotFoundError: as for ``load_weights``.
+        ValueError: as for ``load_weights``.
+    """
+    path, digest = _locate_verified(source)
+    state = read_state_dict(path, whole=True)
+    own, prefix = backbone.state_dict(), "backbone."
+    if not any(name.startswith(prefix) for name in state):
+        state, prefix = layouts.latent_space(state), "encoder."
+    encoder = {name: v for name, v in state.items() if name.startswith(prefix) and not name.startswith(f"{prefix}fc.")}
+    classifier = {name: value for name, value in own.items() if name.startswith("fc.")}
+    parts = {backbone: adapt(encoder, own) | classifier}
+    for name, head in heads.items():
+        parts[head] = {entry: state[key] for entry in head.state_dict() if (key := f"{name}.{entry}") in state}
+    _fill(parts, path, source, digest)
+
+
+def _locate_verified(source: str) -> tuple[Path, str]:
     path = locate(source)
     digest = file_sha256(path)
     if published.is_published(source):
         published.check_digest(path, digest)
-    own = module.state_dict()
-    state = adapt(read_state_dict(path), own)
-    if misfits := compare(state, own):
-        lines = "\n  ".join(misfits)
-        raise ValueError(f"{path} does not fit {type(module).__name__}, nothing was loaded:\n  {lines}")
-    module.load_state_dict({**own, **state})
-    module.origin = {"source": source, "file": path.name, "sha256": digest}  # type: ignore[assignment]
+    return path, digest
+
+
+def _fill(parts: Mapping[nn.Module, dict[str, Tensor]], path: Path, source: str, digest: str) -> None:
+    """Load what was read from a file into every module, or into none."""
+    for module, state in parts.items():
+        if misfits := compare(state, module.state_dict()):
+            lines = "\n  ".join(misfits)
+            raise ValueError(f"{path} does not fit {type(module).__name__}, nothing was loaded:\n  {lines}")
+    for module, state in parts.items():
+        module.load_state_dict(module.state_dict() | state)
+        module.origin = {"source": source, "file": path.name, "sha256": digest}  # type: ignore[assignment]
 
 
 def origins(module: nn.Module) -> dict[str, dict[str, str]]:
@@ -136,13 +174,13 @@ def read_checkpoint(path: Path) -> Any:
             ) from error
 
 
-def read_state_dict(path: Path) -> dict[str, Tensor]:
+def read_state_dict(path: Path, whole: bool = False) -> dict[str, Tensor]:
     """Read the state dict in a file of ``torch.save``; nothing in the file is executed."""
-    return unwrap(read_checkpoint(path), path)
+    return unwrap(read_checkpoint(path), path, whole)
 
 
-def unwrap(checkpoint: Any, path: Path) -> dict[str, Tensor]:
-    """Take the state dict of a network out of what ``path`` holds."""
+def unwrap(checkpoint: Any, path: Path, whole: bool = False) -> dict[str, Tensor]:
+    """Take the state dict of a network out of what ``path`` holds; ``whole``: that of the method around it."""
     state = checkpoint
     if isinstance(checkpoint, dict):
         state = next((checkpoint[key] for key in CONTAINERS if key in checkpoint), checkpoint)
@@ -155,7 +193,9 @@ def unwrap(checkpoint: Any, path: Path) -> dict[str, Tensor]:
             f"{path} holds no state dict (names of tensors), bare, under {' or '.join(CONTAINERS)}, or under "
             f"{' and '.join(PARTS)}; it holds {held}"
         )
-    if "pytorch-lightning_version" in checkpoint:  # beside the network it holds what the method adds to it
+    if (
+        "pytorch-lightning_version" in checkpoint and not whole
+    ):  # beside the network it holds what the method adds to it
         network = {name: value for name, value in state.items() if name.startswith("backbone.")}
         if not network and "fc_mu.weight" in state:  # its encoder may carry a classifier that was never trained
             network = {name: value for name, value in state.items() if re.match(r"encoder\.(?!fc\.)", name)}
