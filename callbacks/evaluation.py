@@ -1,10 +1,8 @@
 """The one evaluation path: every image once through the network, whatever the number of scores and OOD sets."""
 
 import re
-import shutil
 import time
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -20,19 +18,28 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 
 from backbones.weights import origins, weights_sha256
-from callbacks.figures import histogram_figure, roc_figure
+from callbacks.embedding import Embedding, FeatureSample
+from callbacks.figures import save_figures, score_figures
 from callbacks.fitted_scores import code_sha256, fitting_key, keep_fitted, read_fitted
+from callbacks.gathering import Row, gather_samples
 from callbacks.identity import identify
 from callbacks.metrics import metric_rules
-from callbacks.results import HEADLINE, summarize, write_results
+from callbacks.results import (
+    TauSource,
+    check_tau_source,
+    columns_of,
+    log_entries,
+    summarize,
+    write_csv,
+    write_results,
+)
 from callbacks.samples import Samples
+from callbacks.thresholds import as_rows, sweep
 from datamodules.datamodule import OODDataModule
-from lightning_modules.distributed import gather_rows, sum_over_processes
+from lightning_modules.distributed import sum_over_processes
 from lightning_modules.evidence import Evidence
 from lightning_modules.ood_module import OODModule
-from lightning_modules.scores.score import InputScore, Score, widen
-
-Row = tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]  # ids, labels, predictions, name -> score; each (B,)
+from lightning_modules.scores.score import InputScore, Score
 
 
 class WithoutLogits(Evidence):
@@ -57,7 +64,12 @@ class OODEvaluation(Callback):
             kept in the run folder: a second evaluation of the same weights on the same ID images fits nothing again.
         rules: preset for FPR95 and AUPR: default, heat, unleashing_mask, heatmap, variational_metric, openood.
         bootstrap: replicates behind the confidence bounds; 0 = no bounds.
-        figures: whether to draw ROC curves and score histograms.
+        figures: whether to draw ROC curves, score histograms and, with ``thresholds``, what thresholds do.
+        tau_source: whose scores the threshold behind ``macro_f1``, ``tpr`` and ``tnr`` accepts 95% of: ``id_val``, the
+            held-out ID training images; ``test_known``, the ID test images, which is optimistic.
+        thresholds: whether to leave TPR, FPR and macro F1 over the thresholds of each score, in ``thresholds.csv``, and
+            the largest macro F1 of any, in the rows as ``oracle_f1``.
+        embedding: what to draw the feature space of; None = no such pictures.
         folder: the run folder; None = write no files. Given by the command line.
         subfolder: where in the run folder the files go. Given by the command line.
     """
@@ -68,6 +80,9 @@ class OODEvaluation(Callback):
         rules: str = "default",
         bootstrap: int = 1000,
         figures: bool = True,
+        tau_source: TauSource = "id_val",
+        thresholds: bool = False,
+        embedding: Embedding | None = None,
         folder: str | None = None,
         subfolder: str = "",
     ) -> None:
@@ -76,7 +91,9 @@ class OODEvaluation(Callback):
                 raise ValueError(f"a score is called by letters, digits, _ . + and -, not {name!r}")
         if bootstrap < 0:
             raise ValueError(f"bootstrap counts replicates, 0 = none; it cannot be {bootstrap}")
+        check_tau_source(tau_source)
         self.scores, self.bootstrap, self.figures = scores, bootstrap, figures
+        self.tau_source, self.thresholds, self.embedding = tau_source, thresholds, embedding
         self.rules_name, self.rules = rules, metric_rules(rules)
         self.run_folder = None if folder is None else Path(folder)
         self.folder = None if folder is None else Path(folder, subfolder)
@@ -100,6 +117,8 @@ class OODEvaluation(Callback):
             return
         for score in self.scores.values():
             module.taps |= score.taps
+        if self.embedding is not None:
+            module.taps.add(self.embedding.tap)
         own = {f"model.{name}": part for name, part in module.named_children() if isinstance(part, Score)}
         self.fitting = own | self.scores
         data.before_test = partial(self._ask_for_passes, trainer, module, data)
@@ -155,11 +174,12 @@ class OODEvaluation(Callback):
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start with nothing; bind the scores to the network, which holds the checkpoint only now."""
-        module, _ = _parts(trainer, pl_module)
+        module, data = _parts(trainer, pl_module)
         self._rows: dict[str, list[Row]] = defaultdict(list)
         self._images = 0
         self._calibration_forwards: dict[str, int] = {}
         self._started = time.perf_counter()
+        self._features = None if self.embedding is None else FeatureSample(self.embedding, _sizes(trainer, data))
         for score in self.fitting.values():
             score.bind(module.backbone if module.num_classes else None)
             score.to(pl_module.device, torch.float64 if pl_module.dtype == torch.float64 else None)
@@ -187,6 +207,8 @@ class OODEvaluation(Callback):
         images, labels, ids = batch
         self._images += len(images)
         loader = list(_loaders(trainer))[dataloader_idx]
+        if self._features is not None:
+            self._features.add(loader, ids, labels, evidence)
         if dataloader_idx < data.fit_passes:
             last = batch_idx + 1 == trainer.num_test_batches[dataloader_idx]
             for name, score in self.fitting.items():
@@ -212,8 +234,11 @@ class OODEvaluation(Callback):
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gather, compute, write, log."""
         module, data = _parts(trainer, pl_module)
-        samples = self._gather(module, data, list(_loaders(trainer))[data.fit_passes :])
+        samples = gather_samples(self._rows, data.sizes, data.repeats)
+        samples = replace(samples, scores=module.complete(samples.scores, np.array(samples.splits)[samples.split]))
         images = int(sum_over_processes(torch.tensor(self._images, device=pl_module.device)))
+        if self._features is not None:
+            self._features.gather()
         if not trainer.is_global_zero:
             return
         self.samples = samples
@@ -232,18 +257,31 @@ class OODEvaluation(Callback):
             "weights": self._origins(module),
             "seconds": round(time.perf_counter() - self._started, 3),
             "restored": self.restored,
-            **summarize(samples, data.groups, self.rules, data.num_classes, self.bootstrap),
+            **summarize(
+                samples,
+                data.groups,
+                self.rules,
+                data.num_classes,
+                self.bootstrap,
+                tau_source=self.tau_source,
+                oracle=self.thresholds,
+            ),
             "configuration": self.configuration,
         }
         self.results["metric_rules"]["preset"] = self.rules_name
+        self.curves = sweep(samples, self.results["thresholds"], data.num_classes) if self.thresholds else {}
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
             samples.save(self.folder / "scores.npz")
             write_results(self.folder, self.results)
+            (self.folder / "thresholds.csv").unlink(missing_ok=True)  # of an earlier evaluation
+            if self.curves:
+                write_csv(self.folder / "thresholds.csv", as_rows(self.curves))
             for name in self.keys.keys() - set(self.restored):
                 keep_fitted(self._fitted_file(name), self.fitting[name], self.keys[name])
             rank_zero_info(f"results: {self.folder / 'results.json'}")
-        self._log(trainer, self._draw(samples, data, module))
+        figures = self._draw(samples, data, module)
+        self._log(trainer, figures if self.folder is None else save_figures(self.folder / "figures", figures))
 
     def _origins(self, module: OODModule) -> dict[str, dict[str, str]]:
         """Name the files of weights of the method, and of scores that come with any."""
@@ -276,58 +314,21 @@ class OODEvaluation(Callback):
                 raise ValueError(f"calibrating {name} on the held-out ID images: {error}") from error
             self._calibration_forwards[name] = score.calibration_forwards * total
 
-    def _gather(self, module: OODModule, data: OODDataModule, splits: Sequence[str]) -> Samples:
-        """Join the rows of all processes: each id exactly once, in order."""
-        parts: list[dict[str, np.ndarray]] = []
-        repeats: dict[str, np.ndarray] = {}
-        for index, split in enumerate(splits):
-            ids, labels, predictions, scores = zip(*self._rows[split], strict=True)
-            named = {name: widen(torch.cat([batch[name] for batch in scores])) for name in scores[0]}
-            stacked = {
-                "ids": torch.cat(ids),
-                "labels": torch.cat(labels),
-                "predictions": torch.cat(predictions),
-            } | named
-            columns = {name: gather_rows(values).cpu().numpy() for name, values in stacked.items()}
-            order = np.argsort(columns["ids"], kind="stable")
-            columns = {name: values[order] for name, values in columns.items()}
-            if (np.diff(columns["ids"]) <= 0).any():
-                raise RuntimeError(f"an image of {split} was evaluated twice: its sampler repeats ids")
-            parts.append(columns | {"split": np.full(len(order), index)})
-            drawings = data.repeats.get(split, [])
-            if len(drawings) > 1 and len(order) == data.sizes[split]:  # limit_test_batches would cut into each drawing
-                repeats[split] = torch.stack(drawings).numpy()
-        merged = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        keys = {name: merged.pop(name) for name in ("split", "ids", "labels", "predictions")}
-        samples = Samples(tuple(splits), scores=merged, repeats=repeats, **keys)
-        return replace(samples, scores=module.complete(samples.scores, np.array(splits)[samples.split]))
-
-    def _draw(self, samples: Samples, data: OODDataModule, module: OODModule) -> dict[str, Figure | str]:
+    def _draw(self, samples: Samples, data: OODDataModule, module: OODModule) -> dict[str, Figure]:
         figures = module.figures()
         if self.figures:
-            figures |= {"roc": roc_figure(samples, data.groups)}
-            figures |= {f"histogram_{name}": histogram_figure(samples, name) for name in samples.scores}
-        if self.folder is None:
-            return dict(figures)
-        shutil.rmtree(self.folder / "figures", ignore_errors=True)  # of other scores, perhaps
-        (self.folder / "figures").mkdir()
-        paths = {name: str(self.folder / "figures" / f"{name}.png") for name in figures}
-        for name, figure in figures.items():
-            figure.savefig(paths[name], dpi=110)
-        return dict(paths)
+            figures |= score_figures(samples, data.groups, self.curves, self.results["thresholds"])
+        if self._features is not None:
+            figures |= self._features.figures(data.classes)
+        return figures
 
-    def _log(self, trainer: Trainer, figures: dict[str, Figure | str]) -> None:
+    def _log(self, trainer: Trainer, figures: dict[str, Figure] | dict[str, str]) -> None:
         """Send numbers to every logger, table and figures to wandb; ``self.log`` would round them to float32."""
         rows = self.results["rows"]
-        numbers = {f"ood/{row['ood_set']}/{row['score']}/{key}": row[key] for row in rows for key in HEADLINE}
-        for mean in self.results["means"]:
-            numbers |= {f"ood/{mean['group']}/{mean['score']}/{key}": mean[key] for key in HEADLINE}
-        if self.results["id_accuracy"] is not None:
-            numbers["test/accuracy"] = self.results["id_accuracy"]
         for logger in trainer.loggers:
-            logger.log_metrics(numbers)
+            logger.log_metrics(log_entries(self.results))
             if isinstance(logger, WandbLogger):
-                columns = list(dict.fromkeys(column for row in rows for column in row))
+                columns = columns_of(rows)
                 logger.log_table("ood/results", columns, [[row.get(column) for column in columns] for row in rows])
                 for name, figure in figures.items():
                     logger.log_image(f"figures/{name}", [figure])
@@ -343,3 +344,9 @@ def _parts(trainer: Trainer, pl_module: LightningModule) -> tuple[OODModule, OOD
 
 def _loaders(trainer: Trainer) -> dict[str, Any]:
     return trainer.test_dataloaders  # type: ignore[return-value]
+
+
+def _sizes(trainer: Trainer, data: OODDataModule) -> dict[str, int]:
+    """Count the test images of each set, those that ``limit_test_batches`` leaves."""
+    batches = dict(zip(_loaders(trainer), map(int, trainer.num_test_batches), strict=True))
+    return {name: min(data.sizes[name], batches[name] * data.eval_batch_size) for name in ("id", *data.groups)}

@@ -1,14 +1,32 @@
-"""Figures of evaluations, one panel for each OOD set: ROC curves, score histograms, metrics over training."""
+"""Figures of evaluations, one panel for each OOD set: ROC curves, histograms, metrics over thresholds and training."""
 
+import shutil
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from callbacks.metrics import rank
 from callbacks.samples import Samples
+from callbacks.thresholds import Points
+
+
+def score_figures(
+    samples: Samples,
+    groups: Mapping[str, str],
+    curves: Mapping[str, Mapping[str, Points]],
+    taus: Mapping[str, float],
+) -> dict[str, Figure]:
+    """Draw all that the scores of an evaluation show, by name; ``curves`` as of ``thresholds.sweep``."""
+    figures = {"roc": roc_figure(samples, groups)}
+    figures |= {f"histogram_{name}": histogram_figure(samples, name) for name in samples.scores}
+    return figures | {
+        f"thresholds_{name}": thresholds_figure(sets, name, taus.get(name)) for name, sets in curves.items()
+    }
 
 
 def roc_figure(samples: Samples, groups: Mapping[str, str]) -> Figure:
@@ -33,16 +51,12 @@ def histogram_figure(samples: Samples, name: str) -> Figure:
     figure, panels = _panels(len(samples.ood_sets))
     for panel, ood_set in zip(panels, samples.ood_sets, strict=True):
         unknown = samples.of(ood_set).scores[name]
-        values = np.concatenate([known, unknown])
-        # a few extremes must not hide the rest
-        low, high = np.quantile(values[np.isfinite(values)], (0.005, 0.995))
-        if low == high:
-            low, high = low - 0.5, high + 0.5
+        low, high = _bulk(np.concatenate([known, unknown]))
         for scores, label, colour in ((known, "ID", "tab:blue"), (unknown, ood_set, "tab:orange")):
             panel.hist(
                 scores.clip(low, high),
                 bins=50,
-                range=(float(low), float(high)),
+                range=(low, high),
                 density=True,
                 alpha=0.6,
                 label=label,
@@ -51,6 +65,33 @@ def histogram_figure(samples: Samples, name: str) -> Figure:
         panel.set(title=ood_set, xlabel=f"{name} (higher = more OOD)", yticks=[])
         panel.legend(fontsize=7)
     return figure
+
+
+def thresholds_figure(curves: Mapping[str, Points], name: str, tau: float | None) -> Figure:
+    """Draw TPR, FPR and macro F1 over the thresholds of one score, one panel for each OOD set, and mark ``tau``."""
+    figure, panels = _panels(len(curves))
+    for panel, (ood_set, points) in zip(panels, curves.items(), strict=True):
+        for key, label in (("tpr", "TPR"), ("fpr", "FPR"), ("macro_f1", "macro F1")):
+            if key in points:  # without classes there is no F1
+                panel.plot(points["threshold"], points[key], label=label, linewidth=1.2, drawstyle="steps-post")
+        low, high = _bulk(points["threshold"])
+        if tau is not None:
+            panel.axvline(tau, color="black", linewidth=0.8, linestyle="--", label="95% of ID")
+            low, high = min(low, tau), max(high, tau)
+        margin = 0.03 * (high - low)
+        panel.set(title=ood_set, xlabel=f"threshold of {name}", xlim=(low - margin, high + margin), ylim=(-0.03, 1.03))
+    panels[-1].legend(fontsize=7)
+    return figure
+
+
+def save_figures(folder: Path, figures: Mapping[str, Figure]) -> dict[str, str]:
+    """Write PNGs in the place of all that lies in the folder, and return their paths by name."""
+    shutil.rmtree(folder, ignore_errors=True)  # of other scores, perhaps
+    folder.mkdir()
+    paths = {name: str(folder / f"{name}.png") for name in figures}
+    for name, figure in figures.items():
+        figure.savefig(paths[name], dpi=110)
+    return paths
 
 
 def stages_figure(results: Sequence[Mapping[str, Any]], metric: str) -> Figure:
@@ -84,3 +125,9 @@ def _panels(count: int) -> tuple[Figure, list[Axes]]:
     for unused in grid.flat[count:]:
         unused.set_axis_off()
     return figure, list(grid.flat[:count])
+
+
+def _bulk(values: NDArray[np.floating]) -> tuple[float, float]:
+    """Bound what is drawn of some scores: a few extremes must not hide the rest."""
+    low, high = np.quantile(values[np.isfinite(values)], (0.005, 0.995)).tolist()
+    return (low, high) if low < high else (low - 0.5, high + 0.5)

@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -24,7 +24,9 @@ from callbacks.metrics import (
     threshold_at_tpr,
 )
 from callbacks.samples import Samples
+from callbacks.thresholds import join, operating_points
 
+TauSource = Literal["id_val", "test_known"]
 SCHEMA_VERSION = 1
 HEADLINE = ("auroc", "aupr_in", "aupr_out", "fpr95")
 
@@ -36,6 +38,8 @@ def summarize(
     num_classes: int,
     replicates: int = 1000,
     confidence: float = 0.95,
+    tau_source: TauSource = "id_val",
+    oracle: bool = False,
 ) -> dict[str, Any]:
     """Compute every number of ``results.json`` that follows from the scores alone.
 
@@ -51,19 +55,18 @@ def summarize(
         num_classes: K, for the macro F1 over K+1 classes.
         replicates: bootstrap replicates behind each confidence bound; 0 = no bounds.
         confidence: share of replicates between the bounds.
+        tau_source: the images of whose ID scores a threshold accepts 95%: ``id_val``, those held out of training;
+            ``test_known``, the ID test images themselves, which is optimistic.
+        oracle: whether rows hold ``oracle_f1`` too, the largest macro F1 of any threshold.
 
     Returns:
         ``metric_rules``, ``id_accuracy`` (None for a method without classes), ``thresholds`` (score -> smallest value
-        that accepts 95% of the held-out ID training images), ``rows`` (one for each score and OOD set) and ``means``
-        (unweighted, over the sets of a group). Fractions, not percent.
+        that accepts 95% of the images of ``tau_source``, where there are any), ``rows`` (one for each score and OOD
+        set) and ``means`` (unweighted, over the sets of a group). Fractions, not percent.
     """
     known = samples.of("id")
     correct = known.labels == known.predictions
-    thresholds = {}
-    if "calibration" in samples.splits:
-        held_out = samples.of("calibration").scores
-        quantiles = {name: threshold_at_tpr(held_out[name], name=f"{name} on calibration") for name in held_out}
-        thresholds = {name: value for name, value in quantiles.items() if np.isfinite(value)}  # JSON has no infinity
+    thresholds = _thresholds(samples, tau_source)
     rows = []
     drawings = {ood_set: samples.drawings(ood_set) for ood_set in samples.ood_sets}
     for name in known.scores:
@@ -81,8 +84,10 @@ def summarize(
                 if correct.any():
                     among_correct = auroc(narrow(ranking, known.scores[name][correct]))
                     values |= {"cauroc": among_correct, "oscr": among_correct * float(correct.mean())}
-                if samples.classified and name in thresholds:
-                    values["macro_f1"] = _macro_f1(known, unknown, name, thresholds[name], num_classes)
+                if name in thresholds:
+                    values |= _at_threshold(known, unknown, name, thresholds[name], num_classes)
+                if oracle and samples.classified:
+                    values["oracle_f1"] = float(operating_points(known, unknown, name, num_classes)["macro_f1"].max())
                 measured.append(values)
             rows.append(row | _over_drawings(measured))
     means = [
@@ -93,7 +98,12 @@ def summarize(
         if (members := [row for row in rows if row["score"] == name and row["group"] == group])
     ]
     return {
-        "metric_rules": {**asdict(rules), "bootstrap_replicates": replicates, "confidence": confidence},
+        "metric_rules": {
+            **asdict(rules),
+            "bootstrap_replicates": replicates,
+            "confidence": confidence,
+            "tau_source": tau_source,
+        },
         "id_accuracy": float(correct.mean()) if samples.classified else None,
         "thresholds": thresholds,
         "rows": rows,
@@ -101,16 +111,27 @@ def summarize(
     }
 
 
-def _macro_f1(known: Samples, unknown: Samples, name: str, threshold: float, num_classes: int) -> float:
-    labels, predictions, scores = (
-        np.concatenate(pair)
-        for pair in (
-            (known.labels, unknown.labels),
-            (known.predictions, unknown.predictions),
-            (known.scores[name], unknown.scores[name]),
-        )
-    )
-    return macro_f1(labels, predictions, scores, threshold, num_classes)
+def check_tau_source(tau_source: str) -> None:
+    """Raise a ``ValueError`` that lists what there is."""
+    if tau_source not in get_args(TauSource):
+        raise ValueError(f"tau_source is {' or '.join(get_args(TauSource))}, not {tau_source!r}")
+
+
+def _thresholds(samples: Samples, tau_source: TauSource) -> dict[str, float]:
+    split = {"id_val": "calibration", "test_known": "id"}[tau_source]
+    if split not in samples.splits:
+        return {}
+    scores = samples.of(split).scores
+    quantiles = {name: threshold_at_tpr(scores[name], name=f"{name} on {split}") for name in scores}
+    return {name: value for name, value in quantiles.items() if np.isfinite(value)}  # JSON has no infinity
+
+
+def _at_threshold(known: Samples, unknown: Samples, name: str, tau: float, num_classes: int) -> dict[str, float]:
+    """Return the share of ID that is accepted, the share of OOD that is rejected and, with classes, the macro F1."""
+    values = {"tpr": float(np.mean(known.scores[name] <= tau)), "tnr": float(np.mean(unknown.scores[name] > tau))}
+    if known.classified:
+        values["macro_f1"] = macro_f1(*join(known, unknown, name), tau, num_classes)
+    return values
 
 
 def _over_drawings(measured: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -128,11 +149,29 @@ def _over_drawings(measured: Sequence[Mapping[str, float]]) -> dict[str, float]:
 def write_results(folder: Path, results: Mapping[str, Any]) -> None:
     """Write ``results.json`` and, one line for each row, ``results.csv``."""
     write_json(folder / "results.json", {"schema_version": SCHEMA_VERSION, **results})
-    with (folder / "results.csv").open("w", newline="", encoding="utf-8") as file:
-        columns = list(dict.fromkeys(column for row in results["rows"] for column in row))
-        writer = csv.DictWriter(file, columns)
+    write_csv(folder / "results.csv", results["rows"])
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write a line for each row, under all columns that any of them has."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns_of(rows))
         writer.writeheader()
-        writer.writerows(results["rows"])
+        writer.writerows(rows)
+
+
+def columns_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Name the columns that any of the rows has, in order."""
+    return list(dict.fromkeys(column for row in rows for column in row))
+
+
+def log_entries(results: Mapping[str, Any]) -> dict[str, float]:
+    """Name headline metrics, as ``ood/<OOD set or group>/<score>/<metric>``, and ID accuracy for the loggers."""
+    entries = [(row["ood_set"], row) for row in results["rows"]] + [(mean["group"], mean) for mean in results["means"]]
+    numbers = {f"ood/{of}/{values['score']}/{metric}": values[metric] for of, values in entries for metric in HEADLINE}
+    if results["id_accuracy"] is not None:
+        numbers["test/accuracy"] = results["id_accuracy"]
+    return numbers
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

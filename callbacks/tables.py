@@ -19,7 +19,8 @@ def results_table(runs: Sequence[Mapping[str, Any]]) -> Table:
     table = Table(caption=describe(runs[0]), title="OOD detection, % (higher AUROC, lower FPR95 = better)")
     for column, justify in (("OOD set", "left"), ("method", "left"), ("score", "left")):
         table.add_column(column, justify=justify, no_wrap=True)  # type: ignore[arg-type]
-    for column in ("AUROC", "FPR95", "AUPR-in", "AUPR-out"):
+    with_f1 = any("macro_f1" in row for run in runs for row in run["rows"])
+    for column in ("AUROC", "FPR95", "AUPR-in", "AUPR-out", *["F1"] * with_f1):
         table.add_column(column, justify="right", no_wrap=True)
     sets = dict.fromkeys((row["ood_set"], row["group"]) for run in runs for row in run["rows"])
     methods = [run["method"] for run in runs]
@@ -31,6 +32,7 @@ def results_table(runs: Sequence[Mapping[str, Any]]) -> Table:
                 if (row["ood_set"], row["group"]) == (ood_set, group):
                     cells = [_percent(row, metric) for metric in ("auroc", "fpr95")]
                     cells += [f"{100 * row[metric]:.1f}" for metric in ("aupr_in", "aupr_out")]
+                    cells += [_percent(row, "macro_f1") if "macro_f1" in row else ""] * with_f1
                     method = run["method"] if methods.count(run["method"]) == 1 else f"{run['method']} {run['name']}"
                     table.add_row(label, method, row["score"], *cells)
                     label = ""
@@ -54,7 +56,7 @@ def over_seeds(runs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
             if len({(row["score"], row["ood_set"]) for row in same}) > 1:
                 raise ValueError(f"the runs of {experiment} have different scores or OOD sets, they cannot be averaged")
             row = {key: same[0][key] for key in ("score", "ood_set", "group")}
-            for metric in HEADLINE:
+            for metric in [*HEADLINE, *["macro_f1"] * all("macro_f1" in row for row in same)]:
                 values = [row[metric] for row in same]
                 row |= {metric: float(np.mean(values)), f"{metric}_std": float(np.std(values, ddof=1))}
             rows.append(row)
@@ -85,7 +87,7 @@ def print_results(runs: Sequence[Mapping[str, Any]]) -> None:
     """
     console = Console()
     if not console.is_terminal:
-        console = Console(width=120)
+        console = Console(width=130)
     for description in dict.fromkeys(map(describe, runs)):
         console.print(results_table(over_seeds([run for run in runs if describe(run) == description])))
     for run in runs:
@@ -132,9 +134,12 @@ def describe_subset(subset: Mapping[str, Any]) -> str:
 
 
 def describe_rules(rules: Mapping[str, Any]) -> str:
-    """Say in words which reading of FPR95 and AUPR a result follows."""
+    """Say in words which reading of FPR95 and AUPR a result follows, and where the threshold of its F1 comes from."""
     sides = {"id": "share of OOD accepted where 95% of ID is", "ood": "share of ID rejected where 95% of OOD is"}
+    accepted = {"id_val": "held-out ID training images", "test_known": "ID test images"}
+    tau_source = rules.get("tau_source", "id_val")  # results of before there was a choice have none
     text = f"FPR95: {sides[rules['positive']]} ({rules['rule']}); AUPR: {rules['aupr']}"
+    text += f"; F1: macro over K+1 classes, where 95% of {accepted[tau_source]} are accepted"
     if rules["bootstrap_replicates"]:
         text += f"; [{100 * rules['confidence']:.0f}% bounds of {rules['bootstrap_replicates']} bootstrap replicates]"
     return text

@@ -6,14 +6,14 @@ import io
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pytorch_lightning.cli import LightningCLI
 
 from callbacks.compatibility import Compatibility
 from callbacks.frozen_features import FrozenFeatures
 from callbacks.metrics import PRESETS, metric_rules
-from callbacks.results import read_results, summarize
+from callbacks.results import TauSource, read_results, summarize
 from callbacks.run_record import FinishedRunError
 from callbacks.samples import Samples
 from callbacks.tables import print_results
@@ -43,24 +43,28 @@ def demo(args: Sequence[str]) -> None:
 
 
 def metrics(args: Sequence[str]) -> None:
-    """``metrics FOLDER... [--rules PRESET]``: compute the metrics of finished runs again, from ``scores.npz`` alone."""
+    """``metrics FOLDER... [options]``: compute the metrics of finished runs again, from ``scores.npz`` alone."""
     parser = argparse.ArgumentParser(
         prog="python -m experiments metrics", description=metrics.__doc__, allow_abbrev=False
     )
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="a run folder that was tested")
     parser.add_argument("--rules", choices=PRESETS, help="reading of FPR95 and AUPR; default: that of the run")
+    parser.add_argument(
+        "--tau_source", choices=get_args(TauSource), help="whose scores set the threshold; default: as in the run"
+    )
     parser.add_argument("--bootstrap", type=int, help="replicates behind the bounds, 0 = none; default: as in the run")
     options = parser.parse_args(args)
     runs = []
     for folder in options.folders:
         results = read_results(folder)
         groups = {row["ood_set"]: row["group"] for row in results["rows"]}
-        preset = options.rules or results["metric_rules"]["preset"]
-        given = options.bootstrap is not None
-        replicates = options.bootstrap if given else results["metric_rules"]["bootstrap_replicates"]
+        stored = results["metric_rules"]
+        rules = metric_rules(options.rules or stored["preset"])
+        replicates = stored["bootstrap_replicates"] if options.bootstrap is None else options.bootstrap
+        tau_source = options.tau_source or stored.get("tau_source", "id_val")
         samples = Samples.load(folder / "scores.npz")
-        rules = metric_rules(preset)
-        runs.append(results | summarize(samples, groups, rules, results["num_classes"], replicates))
+        classes = results["num_classes"]
+        runs.append(results | summarize(samples, groups, rules, classes, replicates, tau_source=tau_source))
     print_results(runs)
 
 

@@ -7,11 +7,13 @@ a Gaussian for each class on features of several depths and the latent mean says
 Freifeld, "Variational- and Metric-based Deep Latent Space for Out-of-Distribution Detection", UAI 2022.
 """
 
+import logging
 from dataclasses import dataclass
 from typing import Literal, cast
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
 from pytorch_lightning.utilities.types import LRSchedulerTypeUnion, OptimizerLRScheduler
@@ -20,16 +22,21 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 
 from backbones.autoencoders import Autoencoder
 from backbones.backbone import Backbone
+from backbones.weights import load_latent_space, origins
 from lightning_modules.evidence import Evidence
 from lightning_modules.losses.class_conditional_kl import class_conditional_kl
+from lightning_modules.losses.latent_figure import course_figure
 from lightning_modules.losses.latent_statistics import COURSE, LatentStatistics
 from lightning_modules.losses.triplet_distancing import TripletDistancingLoss, distancing_margin
 from lightning_modules.ood_module import Batch, Column, Images, OODModule
 from lightning_modules.scores.class_density import ClassDensity, weighted_score
 from lightning_modules.scores.score import full_precision, widen
-from lightning_modules.scores.weighted_density import ERROR, WeightedDensity
+from lightning_modules.scores.weighted_density import ERROR, WeightedDensity, check_scales
+
+log = logging.getLogger(__name__)
 
 LATENT = "latent"  # the tap of the latent means
+OWN_RATE = "own_lr"  # of a parameter group, while it has the rate of the heads; checkpoints hold it, too
 
 
 @dataclass(frozen=True)
@@ -87,6 +94,8 @@ class VariationalMetric(OODModule):
             held-out ones (``id_val``), or all test images, as in the authors' code (``test``; a score then depends on
             the other images).
         finetune: where the backbone is trained already; None = everything learns from the start.
+        weights: of backbone and heads, both trained, as ``backbones.weights.load_latent_space`` finds them: of a run,
+            or published; None = what the backbone has, and random heads.
     """
 
     def __init__(
@@ -106,22 +115,31 @@ class VariationalMetric(OODModule):
         autoencoder: Autoencoder | None = None,
         calibration: Literal["train", "id_val", "test"] = "train",
         finetune: Finetune | None = None,
+        weights: str | None = None,
     ) -> None:
         super().__init__(backbone, optimizer, lr_scheduler, lr_interval)
         backbone.head.requires_grad_(False)
         self.fc_mu = nn.Linear(backbone.num_features, latent_dim)  # called as in the published weights
         self.fc_var = nn.Linear(backbone.num_features, latent_dim)
+        if weights is not None:
+            load_latent_space(backbone, {"fc_mu": self.fc_mu, "fc_var": self.fc_var}, weights)
         self.statistics = LatentStatistics(self.num_classes, latent_dim, lower_bound)
         self.metric, self.margin, self.finetune = metric or TripletDistancingLoss(), margin or Margin(), finetune
         self.kl_weight, self.kl_epoch, self.kl_estimator = kl_weight, kl_epoch, kl_estimator
         self.autoencoder, self.calibration = autoencoder, calibration
         self.density: ClassDensity | WeightedDensity = density
-        self.first_tap = density.names[0]
         self.taps = set(density.taps) - {LATENT}
+        if unknown := sorted(self.taps - set(backbone.taps)):
+            raise ValueError(
+                f"the density reads {', '.join(unknown)}, which {type(backbone).__name__} does not yield: "
+                f"{', '.join(backbone.taps)}, {LATENT}"
+            )
+        self.first_tap = next((name for name in density.names if name != LATENT), "penultimate")
         if autoencoder is not None:
             self.frozen, self.extra_forwards = ("autoencoder",), 2  # and the backbone on what it draws
-            if calibration == "train":
-                self.density = WeightedDensity(density)
+            self.density = WeightedDensity(density)  # so that a checkpoint goes with any calibration
+            if calibration != "train":
+                self.density.passes = density.passes  # ``complete`` looks for the maxima
         self.confusion = MulticlassConfusionMatrix(self.num_classes + 1)
 
     def setup(self, stage: str) -> None:
@@ -134,10 +152,12 @@ class VariationalMetric(OODModule):
                 "finetuning leaves the backbone out at first: several processes take --trainer.strategy "
                 "ddp_find_unused_parameters_true"
             )
+        if self.autoencoder is not None and stage == "fit" and not origins(self.autoencoder):
+            log.warning("the autoencoder is not trained: without `weights`, `weighted` is a score by random images")
 
     def forward(self, images: Images) -> Evidence:
         """Observe (B, C, H, W) images: class log-likelihoods (B, K), features and ``latent`` (B, L), scores."""
-        _, features = self.backbone.forward_intermediates(images, {"penultimate", *self.taps})
+        _, features = self.backbone.forward_intermediates(images, {"penultimate", *self.taps} - {LATENT, ERROR})
         with full_precision(self.device):
             features[LATENT] = self.fc_mu(widen(features["penultimate"]))
         if self.autoencoder is not None:
@@ -150,10 +170,10 @@ class VariationalMetric(OODModule):
                 return evidence
             logits = density.log_likelihoods(evidence)
         scores = {"likelihood": -logits.amax(1)}
-        if self.autoencoder is not None:
+        if isinstance(self.density, WeightedDensity):
             scores["reconstruction"] = features[ERROR].squeeze(1)
-        if isinstance(self.density, WeightedDensity) and self.density.fitted:
-            scores["weighted"] = self.density.weigh(logits.amax(1), features[ERROR].squeeze(1))
+            if self.calibration == "train" and self.density.fitted:
+                scores["weighted"] = self.density.weigh(logits.amax(1), scores["reconstruction"])
         return evidence._replace(logits=logits, scores=scores)
 
     def complete(self, scores: dict[str, Column], splits: NDArray[np.str_]) -> dict[str, Column]:
@@ -165,12 +185,14 @@ class VariationalMetric(OODModule):
             raise ValueError("calibration: id_val takes held-out ID images: set val_split of the data")
         likelihood, error = (torch.from_numpy(scores[name]) for name in ("likelihood", "reconstruction"))
         known = torch.from_numpy(rows)
-        weighted = weighted_score(-likelihood, error, -likelihood[known].amin(), error[known].amax())
+        scales = check_scales(-likelihood[known].amin(), error[known].amax())
+        weighted = weighted_score(-likelihood, error, *scales)
         return scores | {"weighted": weighted.numpy()}
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the metric loss of a draw of each image's latent vector, and the divergence from ``kl_epoch`` on."""
         images, labels, _ = batch
+        labels = cast(Tensor, self.all_gather(labels)).flatten()  # where one process raises, all do
         if (labels < 0).any():
             raise ValueError("this method is trained without outliers: leave out outlier_feed")
         features = self._encode(images)
@@ -181,9 +203,8 @@ class VariationalMetric(OODModule):
             # the triplets and classes of all processes; to average the gradients of parts would be another loss
             posteriors = cast(Tensor, self.all_gather(torch.stack([mean, log_variance, draws], 1), sync_grads=True))
             mean, log_variance, draws = posteriors.view(-1, 3, mean.shape[1]).unbind(1)
-            labels = cast(Tensor, self.all_gather(labels)).flatten()
-            self.statistics.update(draws.detach(), labels, (log_variance.detach() / 2).exp())
             loss, triplet, distancing, active = self.metric(draws, labels, self.current_margin)
+            self.statistics.update(draws.detach(), labels, (log_variance.detach() / 2).exp())
             if self.current_epoch >= self.kl_epoch:
                 centres = self.statistics.means.to(mean)
                 shown = draws if self.kl_estimator == "mc" else None
@@ -194,19 +215,20 @@ class VariationalMetric(OODModule):
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
-    def on_train_epoch_start(self) -> None:
-        """Start the backbone's own training when its time has come: with the optimiser's own rate, and no momenta."""
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Start the backbone's own training when its time has come: with the schedule's own rate, and no momenta."""
         if self._only_heads:
             return
         for optimizer in self.trainer.optimizers:
-            if [group for group in optimizer.param_groups if group.pop("only_heads", False)]:
-                optimizer.state.clear()
-                for group in optimizer.param_groups:
-                    group["lr"] = optimizer.defaults["lr"]
+            for group in optimizer.param_groups:
+                if OWN_RATE in group:
+                    group["lr"] = group.pop(OWN_RATE)
+                    optimizer.state.clear()
 
     def on_train_epoch_end(self) -> None:
         """End the statistics of the epoch, and log what the latent space looks like."""
-        super().on_train_epoch_end()
+        if not self._only_heads:
+            super().on_train_epoch_end()
         self.statistics.finish(self.current_margin)
         for name, value in zip(COURSE, self.statistics.course[-1], strict=True):
             self.log(f"latent/{name}", value)
@@ -217,13 +239,18 @@ class VariationalMetric(OODModule):
         if self.finetune is not None and self.finetune.unfreeze_epoch:
             optimizer = configured["optimizer"] if isinstance(configured, dict) else configured
             for group in optimizer.param_groups:  # type: ignore[union-attr]
-                group |= {"lr": self.finetune.lr, "only_heads": True}
+                group |= {"lr": self.finetune.lr, OWN_RATE: group["lr"]}
         return configured
 
     def lr_scheduler_step(self, scheduler: LRSchedulerTypeUnion, metric: float | None) -> None:
         """Count the schedule from where the backbone learns."""
         if not self._only_heads:
             super().lr_scheduler_step(scheduler, metric)
+
+    def figures(self) -> dict[str, Figure]:
+        """Draw how the latent space took shape, where it was trained here."""
+        course = self.statistics.course
+        return {"latent_space": course_figure(course)} if len(course) else {}
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Classify held-out ID images, and images labelled -1, by the latent Gaussians of the epoch before."""

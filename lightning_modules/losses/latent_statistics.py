@@ -103,6 +103,7 @@ class LatentStatistics(nn.Module):
         self.register_buffer("likelihoods", self.means.new_zeros(0, 2))  # of an epoch: label, log-likelihood
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for name in ("likelihoods", "course"):
-            setattr(self, name, self.means.new_empty(state_dict[prefix + name].shape))
+        for name in ("likelihoods", "course"):  # as long as what is stored
+            if (stored := state_dict.get(prefix + name)) is not None:
+                setattr(self, name, self.means.new_empty(stored.shape))
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -11,6 +11,16 @@ from lightning_modules.scores.score import Score, read_tap
 ERROR = "reconstruction_error"  # the tap, (B, 1)
 
 
+def check_scales(ceiling: Tensor, largest_error: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the largest log-likelihood and error of some images, or raise a ``ValueError`` where neither can scale."""
+    if not ceiling.isfinite() or not 0 < largest_error < torch.inf:
+        raise ValueError(
+            f"the largest log-likelihood and reconstruction error of all images, {float(ceiling)} and "
+            f"{float(largest_error)}, are to weigh others and cannot: did the training or the autoencoder diverge?"
+        )
+    return ceiling, largest_error
+
+
 class WeightedDensity(Score):
     """The score of a ``ClassDensity``, weighted by the error with which an image was reconstructed.
 
@@ -32,7 +42,7 @@ class WeightedDensity(Score):
     def __init__(self, density: ClassDensity) -> None:
         super().__init__()
         self.density, self.passes = density, density.passes + 1
-        self.taps = density.taps
+        self.taps = density.taps | {ERROR}
         for name in ("ceiling", "largest_error"):
             self.register_buffer(name, torch.tensor(-torch.inf))
 
@@ -48,12 +58,8 @@ class WeightedDensity(Score):
         if not self.density.fitted:
             self.density.finalize()
             return
-        self.ceiling, self.largest_error = gather_rows(torch.stack([self.ceiling, self.largest_error])[None]).amax(0)
-        if not self.ceiling.isfinite() or not self.largest_error > 0:
-            raise ValueError(
-                f"on the ID training images log-likelihoods reach {float(self.ceiling)} and reconstruction errors "
-                f"{float(self.largest_error)}: these cannot weigh others"
-            )
+        scales = gather_rows(torch.stack([self.ceiling, self.largest_error])[None]).amax(0)
+        self.ceiling, self.largest_error = check_scales(*scales)
 
     def weigh(self, log_likelihood: Tensor, error: Tensor) -> Tensor:
         """Score (B,) from largest class log-likelihoods (B,) and errors (B,)."""

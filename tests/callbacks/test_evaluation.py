@@ -268,6 +268,48 @@ def test_held_out_images_set_the_thresholds_and_are_no_test_images():
     assert {row["id_count"] for row in evaluation.results["rows"]} == {TEST}
 
 
+def test_known_test_images_set_the_thresholds_where_that_is_asked_for(tmp_path, capsys):
+    evaluation = evaluate(OODEvaluation({"msp": MSP()}, bootstrap=0, figures=False, folder=str(tmp_path)))
+    assert evaluation.results["metric_rules"]["tau_source"] == "id_val"
+    assert evaluation.results["thresholds"] == {}
+    assert not any("macro_f1" in row for row in evaluation.results["rows"])
+    optimistic = evaluate(
+        OODEvaluation({"msp": MSP()}, bootstrap=0, figures=False, tau_source="test_known", folder=str(tmp_path / "t"))
+    )
+    known = optimistic.samples.of("id").scores["msp"]
+    tau = optimistic.results["thresholds"]["msp"]
+    assert (known <= tau).mean() >= 0.95 > (known < tau).mean()
+    metrics([str(tmp_path), "--tau_source", "test_known"])
+    *again, _ = capsys.readouterr().out.splitlines()  # the last line names the folder
+    metrics([str(tmp_path / "t")])
+    assert again == capsys.readouterr().out.splitlines()[:-1]
+    printed = " ".join(" ".join(again).split())
+    assert "where 95% of ID test images are accepted" in printed
+    assert all(f"{100 * row['macro_f1']:.1f} " in printed for row in optimistic.results["rows"])
+    metrics([str(tmp_path)])
+    assert "F1 ┃" not in capsys.readouterr().out
+
+
+def test_thresholds_are_left_as_table_and_figure_and_go_with_a_later_evaluation(tmp_path):
+    options = {"bootstrap": 0, "tau_source": "test_known", "folder": str(tmp_path)}
+    sizes = {"a": 31, "c": 1}
+    results = evaluate(OODEvaluation({"msp": MSP()}, thresholds=True, **options), data=Pixels(sizes)).results
+    lines = (tmp_path / "thresholds.csv").read_text().splitlines()
+    assert lines[0] == "score,ood_set,threshold,tpr,fpr,macro_f1"
+    assert {line.split(",")[1] for line in lines[1:]} == sizes.keys()
+    figures = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert figures == {"roc.png", "histogram_msp.png", "thresholds_msp.png"}
+    assert all(row["oracle_f1"] >= row["macro_f1"] for row in results["rows"])
+    evaluate(OODEvaluation({"msp": MSP()}, **options), data=Pixels(sizes))
+    assert not (tmp_path / "thresholds.csv").exists()
+    assert not (tmp_path / "figures" / "thresholds_msp.png").exists()
+
+
+def test_an_unknown_source_of_thresholds_is_refused():
+    with pytest.raises(ValueError, match="tau_source is id_val or test_known, not 'test'"):
+        OODEvaluation({"msp": MSP()}, tau_source="test")
+
+
 def test_nan_names_the_score_and_the_set():
     with pytest.raises(ValueError, match=r"broken on a, ID: 50 of 50 scores are NaN"):
         evaluate(OODEvaluation({"broken": Broken()}, bootstrap=0, figures=False))

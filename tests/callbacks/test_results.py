@@ -13,7 +13,7 @@ from callbacks.samples import Samples
 
 K = 3
 COUNTS = {"calibration": 40, "id": 60, "drawn": 50, "whole": 20}
-METRICS = (*HEADLINE, "detection_accuracy", "cauroc", "oscr", "macro_f1")
+METRICS = (*HEADLINE, "detection_accuracy", "cauroc", "oscr", "tpr", "tnr", "macro_f1")
 GROUPS = {"drawn": "far", "whole": "near"}
 
 
@@ -54,6 +54,8 @@ def reference(samples: Samples, name: str, ood_set: str, ids: np.ndarray) -> dic
         "detection_accuracy": ((tpr + 1 - fpr) / 2).max(),
         "cauroc": cauroc,
         "oscr": cauroc * right[~unknown].mean(),
+        "tpr": np.mean(scores[~unknown] <= threshold),
+        "tnr": np.mean(scores[unknown] > threshold),
         "macro_f1": f1_score(
             np.where(unknown, K, labels), np.where(scores > threshold, K, guesses), average="macro", zero_division=0
         ),

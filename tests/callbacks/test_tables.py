@@ -82,6 +82,39 @@ def test_what_does_not_compare_stands_in_tables_of_its_own(capsys):
     assert "55.0 ± 7.1" in printed
 
 
+def with_f1(run, f1, tau_source=None):
+    """As of a run whose images set a threshold; the files of earlier versions do not say which."""
+    rules = {} if tau_source is None else {"tau_source": tau_source}
+    rows = [row | {"macro_f1": f1} for row in run["rows"]]
+    return run | {"rows": rows, "metric_rules": run["metric_rules"] | rules}
+
+
+def test_the_f1_stands_in_the_table_where_there_is_one(capsys):
+    print_results([run(), with_f1(run("lr", lr=0.2), 0.8125)])
+    printed = capsys.readouterr().out
+    assert "F1 ┃" in printed
+    assert (printed.count("OOD detection, %"), printed.count(" 81.2 ")) == (1, 1)
+    assert "where 95% of held-out ID training images are accepted" in " ".join(printed.split())
+    print_results([run()])
+    assert "F1 ┃" not in capsys.readouterr().out
+
+
+def test_seeds_average_the_f1_where_all_have_one(capsys):
+    runs = [with_f1(run("seed0"), 0.5, "id_val"), with_f1(run("seed1"), 0.7)]
+    print_results(runs)
+    assert "60.0 ± 14.1" in capsys.readouterr().out
+    ((row,),) = (joined["rows"] for joined in over_seeds([*runs, run("seed2")]))
+    assert "macro_f1" not in row
+
+
+def test_thresholds_of_different_images_stand_in_tables_of_their_own(capsys):
+    print_results([with_f1(run("seed0"), 0.5, "id_val"), with_f1(run("seed1"), 0.7, "test_known")])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert printed.count("OOD detection, %") == 2
+    assert printed.count("where 95% of ID test images are accepted") == 1
+    assert "±" not in printed
+
+
 def test_outliers_are_named(capsys):
     source = "/data/[old]/places"
     outliers = {"source": source, "size": 60, "feed": "paired", "fingerprint": "", "duplicates": None}

@@ -142,7 +142,7 @@ def test_arrays_differ_from_the_published_setting_in_where_images_lie():
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=[] if name in ("cifar10_vgg", "mnist", "cifar10_known6") else pytest.mark.slow)
+        pytest.param(name, marks=[] if name == "mnist" else pytest.mark.slow)
         for name in (*PUBLISHED, *OPEN, *ARRAYS)
     ],
 )
@@ -208,3 +208,15 @@ def test_a_density_has_the_published_width(name):
     with torch.no_grad():
         _, features = backbone.forward_intermediates(torch.zeros(1, *backbone.input_shape), taps)
     assert sum(features[tap].shape[1] for tap in taps) + model["latent_dim"] == WIDTHS[name]
+
+
+def test_the_authors_departures_are_one_more_file(capsys):
+    recipe, official = (str(EXPERIMENTS / "variational_metric" / f"{name}.yaml") for name in ("digits", "_official"))
+    with pytest.raises(SystemExit):
+        OODCLI(["fit", "--config", recipe, "--config", official, "--print_config"])
+    resolved = yaml.safe_load(capsys.readouterr().out)
+    model = resolved["model"]["init_args"]
+    assert model["metric"]["init_args"]["distance"]["init_args"] == {"normalize_embeddings": True}
+    assert (model["kl_epoch"], model["kl_estimator"], model["calibration"]) == (0, "mc", "test")
+    assert resolved["evaluation"]["tau_source"] == "test_known"
+    assert model["margin"]["final"] == 8.0  # the recipe's own stays
