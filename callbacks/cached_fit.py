@@ -33,7 +33,7 @@ def fit_scores(trainer: Trainer, module: OODModule, evidence: CachedEvidence, ro
     for name, score in module.named_children():
         if not isinstance(score, Score):
             continue
-        together(trainer, partial(score.bind, module.backbone if module.num_classes else None))
+        together(trainer, partial(score.bind, module.backbone_of_logits))
         if score.fitted:
             continue
         while not score.fitted:

@@ -108,11 +108,11 @@ class OODEvaluation(Callback):
         """Ask the method for the taps of the scores, and the data module to ask for the passes they need.
 
         Raises:
-            ValueError: the method has no classes, and a score reads logits or a classifier.
+            ValueError: the method has no classes, or no classifier, and a score reads the logits or copies the head.
         """
         module, data = _parts(trainer, pl_module)
-        if not module.num_classes:  # at every stage: not only when the training is over
-            self._check_without_classes(module)
+        if module.backbone_of_logits is None:  # at every stage: not only when the training is over
+            self._check_without_classifier(module)
         if stage != "test":
             return
         for score in self.scores.values():
@@ -163,10 +163,16 @@ class OODEvaluation(Callback):
         assert self.folder is not None
         return self.folder / "fitted" / f"{name}.pt"
 
-    def _check_without_classes(self, module: OODModule) -> None:
+    def _check_without_classifier(self, module: OODModule) -> None:
         for name, score in self.scores.items():
             score.bind(None)  # says so itself where it copies the head
-            if not score.taps or isinstance(score, InputScore):
+            if module.num_classes:
+                if score.passes and not score.taps:
+                    raise ValueError(
+                        f"{name} is fitted on logits, and those of {type(module).__name__} are class likelihoods, "
+                        "which are fitted themselves: name only scores that are fitted on features, or on nothing"
+                    )
+            elif not score.taps or isinstance(score, InputScore):
                 raise ValueError(
                     f"{name} reads class logits, {type(module).__name__} has no classes: name only scores that read "
                     "features, or none (scores: {})"
@@ -181,7 +187,7 @@ class OODEvaluation(Callback):
         self._started = time.perf_counter()
         self._features = None if self.embedding is None else FeatureSample(self.embedding, _sizes(trainer, data))
         for score in self.fitting.values():
-            score.bind(module.backbone if module.num_classes else None)
+            score.bind(module.backbone_of_logits)
             score.to(pl_module.device, torch.float64 if pl_module.dtype == torch.float64 else None)
 
     def on_test_batch_start(

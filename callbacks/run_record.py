@@ -36,6 +36,7 @@ class RunRecord(Callback):
         self.folder, self.config = folder, config
         self._handler: logging.Handler | None = None
         self._status: dict[str, Any] = {}
+        self._ended: int | None = None  # an epoch that has no line in the log yet
 
     @rank_zero_only
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -82,9 +83,18 @@ class RunRecord(Callback):
 
     @rank_zero_only
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log one line."""
-        metrics = ", ".join(f"{name} {float(value):.4g}" for name, value in sorted(trainer.callback_metrics.items()))
-        log.info("epoch %d: %s", trainer.current_epoch, metrics)
+        """Note that there is a line to log; what the method itself logs at the end of an epoch comes after this."""
+        self._ended = trainer.current_epoch
+
+    @rank_zero_only
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log one line about the epoch that has ended."""
+        if self._ended is not None:
+            metrics = ", ".join(f"{key} {float(value):.4g}" for key, value in sorted(trainer.callback_metrics.items()))
+            log.info("epoch %d: %s", self._ended, metrics)
+            self._ended = None
+
+    on_train_end = on_train_epoch_start
 
     @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -38,6 +38,7 @@ class OODModule(LightningModule, ABC):
         taps: the features that ``forward`` returns beside ``penultimate``; the evaluation adds what its scores read.
         selection: the checkpoint to test: ``best`` on ID validation accuracy, or ``last``.
         frozen: names of submodules that stay in eval mode, take no gradient and are no business of the optimiser.
+        epochs_without_schedule: at the start of training; ``lr_scheduler`` is made for the others.
         extra_forwards: passes of an image through a network in ``forward``, beside the one, as the evaluation reports.
         num_classes: K, the width of the logits; 0 for a method without classes, which validates in its own way.
 
@@ -50,6 +51,7 @@ class OODModule(LightningModule, ABC):
 
     selection: ClassVar[Literal["best", "last"]] = "last"
     frozen: tuple[str, ...] = ()
+    epochs_without_schedule: int = 0
     extra_forwards: int = 0
     backbone: Backbone  # or an Autoencoder, where num_classes is 0: a union would burden every other method
 
@@ -67,6 +69,11 @@ class OODModule(LightningModule, ABC):
         self._optimizer, self._lr_scheduler, self._lr_interval = optimizer, lr_scheduler, lr_interval
         if self.num_classes:
             self.val_accuracy = MulticlassAccuracy(self.num_classes, average="micro")
+
+    @property
+    def backbone_of_logits(self) -> Backbone | None:
+        """The network whose head the logits come from, for scores that copy it; None where there is none."""
+        return self.backbone if self.num_classes else None
 
     @abstractmethod
     def forward(self, images: Images) -> Evidence:
@@ -128,11 +135,16 @@ class OODModule(LightningModule, ABC):
         for config in self.trainer.lr_scheduler_configs:
             made_for = getattr(config.scheduler, "total_steps", getattr(config.scheduler, "T_max", None))
             by_step = config.interval == "step"
-            length = self.trainer.estimated_stepping_batches if by_step else self.trainer.max_epochs
+            epochs = self.trainer.max_epochs or 0
+            length = round(self.trainer.estimated_stepping_batches) if by_step else epochs
+            if self.epochs_without_schedule and epochs > 0:
+                length -= length * self.epochs_without_schedule // epochs
             if made_for is None or made_for == length:
                 continue
             kind, unit = type(config.scheduler).__name__, "steps" if by_step else "epochs"
             message = f"{kind} is made for {made_for} {unit}, and the run has {length}"
+            if self.epochs_without_schedule:
+                message += f" after the first {self.epochs_without_schedule} epochs, which have none"
             if made_for < length:
                 raise ValueError(f"{message}: make it for as many")
             log.warning(message)

@@ -53,6 +53,9 @@ class Margin:
     first_epoch: int = 10
     jump: float = 1.0
 
+    def __post_init__(self) -> None:
+        distancing_margin(0, self.first_epoch, self.final, self.jump)  # which refuses what makes no sense
+
 
 @dataclass(frozen=True)
 class Finetune:
@@ -118,6 +121,19 @@ class VariationalMetric(OODModule):
         weights: str | None = None,
     ) -> None:
         super().__init__(backbone, optimizer, lr_scheduler, lr_interval)
+        for name, value, known in (
+            ("kl_estimator", kl_estimator, ("analytic", "mc")),
+            ("calibration", calibration, ("train", "id_val", "test")),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} is {' or '.join(known)}, not {value!r}")
+        if latent_dim < 1 or kl_weight < 0:
+            raise ValueError(
+                f"latent_dim must be at least 1 and kl_weight at least 0, got latent_dim={latent_dim}, "
+                f"kl_weight={kl_weight}"
+            )
+        if finetune is not None:
+            self.epochs_without_schedule = finetune.unfreeze_epoch
         backbone.head.requires_grad_(False)
         self.fc_mu = nn.Linear(backbone.num_features, latent_dim)  # called as in the published weights
         self.fc_var = nn.Linear(backbone.num_features, latent_dim)
@@ -142,6 +158,10 @@ class VariationalMetric(OODModule):
                 self.density.passes = density.passes  # ``complete`` looks for the maxima
         self.confusion = MulticlassConfusionMatrix(self.num_classes + 1)
 
+    @property
+    def backbone_of_logits(self) -> None:
+        """None: the backbone's head is as it came, and the logits are class log-likelihoods."""
+
     def setup(self, stage: str) -> None:
         """Refuse what would go wrong silently."""
         if (precision := self.trainer.precision) in ("bf16-true", "16-true"):
@@ -152,6 +172,8 @@ class VariationalMetric(OODModule):
                 "finetuning leaves the backbone out at first: several processes take --trainer.strategy "
                 "ddp_find_unused_parameters_true"
             )
+        if self.finetune is not None and stage == "fit" and not origins(self.backbone):
+            log.warning("the backbone is to be fine-tuned, but it is not trained: it has no `weights`")
         if self.autoencoder is not None and stage == "fit" and not origins(self.autoencoder):
             log.warning("the autoencoder is not trained: without `weights`, `weighted` is a score by random images")
 

@@ -138,7 +138,8 @@ def weighted_score(
 ) -> Tensor:
     """Log-likelihood times reconstruction weight, -w (min(l - A, 0) - 1) with w = e / e_max: (B,), higher = more OOD.
 
-    It is strictly increasing in e and at least w: the minimum keeps a likelihood above A from turning the sign.
+    It is strictly increasing in e and at least w: the minimum keeps a likelihood above A from turning the sign. An OOD
+    image that is drawn well, as smooth ones are, has a weight near 0 and looks ID, however unlikely it is.
 
     >>> weighted_score(torch.tensor([-7.0, -5.0, 9.0]), error=torch.tensor([0.5, 0.5, 0.5]), ceiling=-5.0)
     tensor([1.5000, 0.5000, 0.5000])

@@ -12,7 +12,7 @@ from experiments.__main__ import main
 from experiments.cli import OODCLI
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-YAMLS = sorted(path for path in (ROOT / "experiments").glob("*/*.yaml") if not path.parent.name.startswith("_"))
+YAMLS = sorted(path for path in (ROOT / "experiments").glob("[!_]*/[!_]*.yaml"))
 DIGITS = str(ROOT / "experiments" / "classifier" / "digits.yaml")
 QUICK = ["--trainer.max_epochs", "2", "--trainer.logger", "false", "--trainer.enable_progress_bar", "false"]
 QUICK += ["--evaluation.figures", "false", "--evaluation.bootstrap", "10", "--trainer.accelerator", "cpu"]

@@ -106,6 +106,8 @@ def test_outliers_to_watch_change_nothing(checkpoints):
         assert main(["fit", *CONFIG, *SMALL, *QUIET, "--data.val_ood", "null", *options, "--name", name]) == 0
         logs[name] = (run_folder(checkpoints, name) / "log.txt").read_text()
         assert [path.name for path in run_folder(checkpoints, name).glob("*.ckpt")] == ["last.ckpt"]
+    assert "epoch 0: latent/greatest_norm" in logs["with"]  # what is logged at the end of an epoch is in its line
+    assert "epoch 1: latent/greatest_norm" in logs["with"]
     assert "val/open_f1" in logs["with"]
     assert "val/open_f1" not in logs["without"]
     without, watched = (last(checkpoints, name) for name in logs)
@@ -121,6 +123,14 @@ REFUSED = {
         "is trained without outliers: leave out outlier_feed",
     ),
     "no such tap": (["--model.density.taps", "[layer9, latent]"], "reads layer9, which DigitsNet does not yield"),
+    "scores of a head": (
+        ["--evaluation.scores.react", "lightning_modules.scores.react.ReAct"],
+        "ReAct reads the head: it needs a method with a classifier, this one has none",
+    ),
+    "scores fitted on logits": (
+        ["--evaluation.scores.kl", "lightning_modules.scores.prototypes.KLMatching"],
+        "kl is fitted on logits, and those of VariationalMetric are class likelihoods",
+    ),
     "a share of none": (["--model.lower_bound", "95"], r"lower_bound is the share of training samples to reject"),
 }
 
@@ -213,7 +223,8 @@ def test_two_processes_evaluate_as_one(trained, evaluated):
     for name in ("ids", "labels", "split", "predictions"):
         np.testing.assert_array_equal(two[name], one[name])
     for name in NAMES:
-        np.testing.assert_allclose(two[name], one[name], rtol=1e-4, atol=1e-6 * np.abs(one[name]).max(), err_msg=name)
+        least = 1e-4 * np.median(np.abs(one[name]))  # a likelihood may be next to nothing
+        np.testing.assert_allclose(two[name], one[name], rtol=1e-4, atol=least, err_msg=name)
 
 
 @pytest.mark.parametrize("calibration", ["id_val", pytest.param("test", marks=pytest.mark.slow)])
@@ -230,7 +241,7 @@ def test_two_processes_calibrate_on_the_images_of_all(trained, evaluated, calibr
     likelihood, error = -samples[NAMES[0]], samples[NAMES[1]]
     bracket = np.minimum(likelihood - likelihood[rows].max(), 0) - 1
     expected = -error / error[rows].max() * bracket
-    np.testing.assert_allclose(found[NAMES[2]], expected, rtol=1e-3, atol=1e-6 * expected.max())
+    np.testing.assert_allclose(found[NAMES[2]], expected, rtol=1e-3, atol=1e-4 * np.median(expected))
 
 
 # Real images
@@ -239,6 +250,7 @@ DATA = os.environ.get("OOD_TEST_DATA")
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(DATA is None, reason="OOD_TEST_DATA names no folder with the arrays of MNIST")
 def test_the_recipe_learns_a_part_of_mnist(tmp_path, checkpoints):
     noise = np.random.default_rng(0).integers(0, 256, (500, 28, 28), dtype=np.uint8)
@@ -246,16 +258,17 @@ def test_the_recipe_learns_a_part_of_mnist(tmp_path, checkpoints):
     recipe = yaml.safe_load((ROOT / "experiments" / "variational_metric" / "mnist_arrays.yaml").read_text())
     del recipe["model"]["init_args"]["autoencoder"]
     recipe["model"]["init_args"]["optimizer"]["init_args"]["lr"] = 1e-3
+    recipe["model"]["init_args"]["lr_scheduler"]["init_args"]["step_size"] = 2
     recipe["data"]["init_args"] |= {
-        "train": {"path": f"{DATA}/mnist_train_60000.npz", "limit": 3000},
-        "test": {"path": f"{DATA}/mnist_test_10000.npz", "limit": 500},
+        "train": {"path": f"{DATA}/mnist_train_60000.npz", "limit": 6000},
+        "test": {"path": f"{DATA}/mnist_test_10000.npz", "limit": 1000},
         "ood": {"noise": {"path": str(tmp_path / "noise.npz")}},
         "val_ood": None,
         "balanced": {"classes_per_batch": 10, "images_per_class": 5},
     }
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "mnist.yaml").write_text(yaml.safe_dump(recipe))
-    options = ["--config", str(tmp_path / "tests" / "mnist.yaml"), *QUIET, "--trainer.max_epochs", "4"]
+    options = ["--config", str(tmp_path / "tests" / "mnist.yaml"), *QUIET, "--trainer.max_epochs", "3"]
     options += ["--trainer.precision", "bf16-mixed", "--trainer.limit_val_batches", "0"]
     assert main(["fit", *options]) == 0
     assert main(["test", *options]) == 0

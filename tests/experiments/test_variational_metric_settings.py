@@ -19,7 +19,7 @@ EXPERIMENTS = Path(__file__).resolve().parent.parent.parent / "experiments"
 
 
 class Published(NamedTuple):
-    backbone: str
+    backbone: tuple
     latent: int
     epochs: int
     optimizer: str
@@ -33,24 +33,26 @@ class Published(NamedTuple):
     finetune: str | None = None
 
 
+WRN = {"depth": 28, "widen_factor": 10, "dropout": 0.1}
 PUBLISHED = {
-    "cifar10_vgg": Published("vgg.VGG", 32, 500, "Adam", 1e-3, 100, 32.0, 10, (8, 8), 64, "cifar10_resnet18"),
+    "cifar10_vgg": Published(("vgg.VGG", {}), 32, 500, "Adam", 1e-3, 100, 32.0, 10, (8, 8), 64, "cifar10_resnet18"),
     "cifar10_resnet18": Published(
-        "resnet.ResNet", 32, 500, "SGD", 1e-2, 100, 32.0, 10, (10, 8), 400, "cifar10_resnet18"
+        ("resnet.ResNet", {"depth": 18}), 32, 500, "SGD", 1e-2, 100, 32.0, 10, (10, 8), 400, "cifar10_resnet18"
     ),
     "cifar10_densenet": Published(
-        "densenet.DenseNet", 32, 500, "SGD", 0.1, 100, 32.0, 30, (10, 8), 420, "cifar10_resnet18"
+        ("densenet.DenseNet", {}), 32, 500, "SGD", 0.1, 100, 32.0, 30, (10, 8), 420, "cifar10_resnet18"
     ),
     "cifar10_wrn28_10": Published(
-        "wide_resnet.WideResNet", 32, 500, "SGD", 1e-3, 100, 32.0, 40, (10, 20), 640, None, "cifar10_wrn28_10"
+        ("wide_resnet.WideResNet", WRN), 32, 500, "SGD", 1e-3, 100, 32.0, 40, (10, 20), 640, None, "cifar10_wrn28_10"
     ),
     "cifar100_densenet": Published(
-        *("densenet.DenseNet", 64, 200, "SGD", 1e-3, 64, 64.0, 40, (20, 20), 400, "cifar100_resnet50"),
+        *(("densenet.DenseNet", {}), 64, 200, "SGD", 1e-3, 64, 64.0, 40, (20, 20), 400, "cifar100_resnet50"),
         "cifar100_densenet_affine",
     ),
-    "mnist": Published("mnist_conv.MNISTConv", 32, 500, "Adam", 1e-4, 100, 32.0, 1, (10, 16), 400, "mnist"),
+    "mnist": Published(("mnist_conv.MNISTConv", {}), 32, 500, "Adam", 1e-4, 100, 32.0, 1, (10, 16), 400, "mnist"),
 }
-OPEN = {"cifar10_known6": ("cifar10_resnet18", 6), "cifar100_known50": ("cifar10_densenet", 50)}
+OPEN = {"cifar10_known6": ("cifar10_resnet18", 6, (6, 8)), "cifar100_known50": ("cifar10_densenet", 50, (20, 8))}
+EVALUATION = {"rules": "variational_metric", "scores": {}, "thresholds": True, "embedding": {"tap": "latent"}}
 ARRAYS = {"mnist_arrays": "mnist"}
 
 
@@ -64,10 +66,12 @@ def test_a_setting_is_the_published_one(name):
     assert recipe.keys() == {"model", "data", "trainer", "evaluation"}
     assert recipe["model"]["class_path"] == "lightning_modules.variational_metric.VariationalMetric"
     model, data = recipe["model"]["init_args"], recipe["data"]["init_args"]
-    assert model["backbone"]["class_path"] == f"backbones.{published.backbone}"
-    assert model["backbone"]["init_args"].get("weights") == (
-        published.finetune and f"run:classifier/{published.finetune}"
-    )
+    network, options = published.backbone
+    dataset = name.partition("_")[0]
+    options = options | {"num_classes": 100 if dataset == "cifar100" else 10}
+    if published.finetune:
+        options["weights"] = f"run:classifier/{published.finetune}"
+    assert model["backbone"] == {"class_path": f"backbones.{network}", "init_args": options}
     assert model.get("finetune") == (published.finetune and {"unfreeze_epoch": 20, "lr": 1e-2})
     assert model["latent_dim"] == published.latent
     assert model["margin"] == {"final": published.final, "first_epoch": published.first_epoch}
@@ -80,11 +84,17 @@ def test_a_setting_is_the_published_one(name):
     weights = model["autoencoder"]["init_args"]["weights"] if "autoencoder" in model else None
     assert weights == (published.autoencoder and f"run:autoencoder/{published.autoencoder}")
     classes, images = published.balanced
-    assert data["balanced"] == {"classes_per_batch": classes, "images_per_class": images}
-    assert (data["batch_size"], data["protocol"]) == (published.eval_batch, "variational_metric")
-    assert data["augmentation"] == "protocol"
+    given = {"protocol": "variational_metric", "augmentation": "protocol", "batch_size": published.eval_batch}
+    given |= {"balanced": {"classes_per_batch": classes, "images_per_class": images}, "val_split": 0.05}
+    if dataset == "mnist":
+        assert recipe["data"]["class_path"] == "datamodules.public.MNIST"
+        assert data == given | {"val_ood": "omniglot"}
+    else:
+        assert recipe["data"]["class_path"] == "datamodules.public.CIFAR"
+        assert data == given | {"val_ood": "tiny_imagenet_resize", "version": int(dataset.removeprefix("cifar"))}
     assert recipe["trainer"] == {"max_epochs": published.epochs}
-    assert recipe["evaluation"] == {"rules": "variational_metric", "scores": {}}
+    assert recipe["evaluation"] == EVALUATION
+    assert model.get("calibration") == ("id_val" if name == "cifar100_densenet" else None)  # 475 images, 664 features
 
 
 def test_what_no_setting_says_is_as_published_or_as_ruled():
@@ -112,14 +122,16 @@ def test_autoencoder_is_trained_with_the_normalisation_of_the_setting(name):
 
 @pytest.mark.parametrize("name", OPEN)
 def test_an_open_set_keeps_the_first_classes(name):
-    template, known = OPEN[name]
-    recipe, published = read(name), read(template)
-    model, data = recipe["model"]["init_args"], recipe["data"]["init_args"]
-    assert data["known"] == model["backbone"]["init_args"]["num_classes"] == known
-    assert (data["ood"], data["val_ood"]) == ([], "unknown")
-    assert "autoencoder" not in model  # it would have seen the other classes
-    for option in ("optimizer", "lr_scheduler"):
-        assert model[option] == published["model"]["init_args"][option]
+    template, known, (classes, images) = OPEN[name]
+    recipe, expected = read(name), read(template)
+    model, data = expected["model"]["init_args"], expected["data"]["init_args"]
+    del model["autoencoder"]  # it would have seen the other classes
+    model["backbone"]["init_args"]["num_classes"] = data["known"] = known
+    data |= {"ood": [], "val_ood": "unknown"}
+    data["balanced"] = {"classes_per_batch": classes, "images_per_class": images}
+    if name.startswith("cifar100"):
+        data["version"], model["latent_dim"], model["margin"]["final"], data["batch_size"] = 100, 64, 64.0, 400
+    assert recipe == expected
 
 
 def test_arrays_differ_from_the_published_setting_in_where_images_lie():
@@ -141,10 +153,7 @@ def test_arrays_differ_from_the_published_setting_in_where_images_lie():
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=[] if name == "mnist" else pytest.mark.slow)
-        for name in (*PUBLISHED, *OPEN, *ARRAYS)
-    ],
+    [pytest.param(name, marks=[] if name == "mnist" else pytest.mark.slow) for name in (*PUBLISHED, *OPEN, *ARRAYS)],
 )
 def test_a_setting_takes_two_steps(name, tmp_path, checkpoints):
     recipe = read(name)
@@ -210,8 +219,9 @@ def test_a_density_has_the_published_width(name):
     assert sum(features[tap].shape[1] for tap in taps) + model["latent_dim"] == WIDTHS[name]
 
 
-def test_the_authors_departures_are_one_more_file(capsys):
-    recipe, official = (str(EXPERIMENTS / "variational_metric" / f"{name}.yaml") for name in ("digits", "_official"))
+@pytest.mark.parametrize(("setting", "name"), [("digits", "_official"), ("cifar10_wrn28_10", "_official_finetune")])
+def test_the_authors_departures_are_one_more_file(setting, name, capsys):
+    recipe, official = (str(EXPERIMENTS / "variational_metric" / f"{stem}.yaml") for stem in (setting, name))
     with pytest.raises(SystemExit):
         OODCLI(["fit", "--config", recipe, "--config", official, "--print_config"])
     resolved = yaml.safe_load(capsys.readouterr().out)
@@ -219,4 +229,13 @@ def test_the_authors_departures_are_one_more_file(capsys):
     assert model["metric"]["init_args"]["distance"]["init_args"] == {"normalize_embeddings": True}
     assert (model["kl_epoch"], model["kl_estimator"], model["calibration"]) == (0, "mc", "test")
     assert resolved["evaluation"]["tau_source"] == "test_known"
-    assert model["margin"]["final"] == 8.0  # the recipe's own stays
+    assert model["margin"]["final"] == read(setting)["model"]["init_args"]["margin"]["final"]
+    finetune = {"unfreeze_epoch": 22, "lr": 1e-2, "batch_norm": True}
+    assert model["finetune"] == (finetune if name == "_official_finetune" else None)
+
+
+@pytest.mark.parametrize("name", sorted({*PUBLISHED, *OPEN, *ARRAYS}))
+def test_a_setting_is_read_by_the_command_line(name, capsys):
+    with pytest.raises(SystemExit):
+        OODCLI(["fit", "--config", str(EXPERIMENTS / "variational_metric" / f"{name}.yaml"), "--print_config"])
+    assert yaml.safe_load(capsys.readouterr().out)["data"]["class_path"].startswith("datamodules.")

@@ -19,6 +19,7 @@ from backbones.digits_net import DigitsNet
 from backbones.mnist_conv import MNISTConv
 from backbones.weights import load_weights
 from lightning_modules import variational_metric
+from lightning_modules.losses.latent_statistics import COURSE
 from lightning_modules.scores.class_density import ClassDensity
 from lightning_modules.scores.weighted_density import ERROR
 from lightning_modules.variational_metric import Finetune, Margin, VariationalMetric
@@ -167,7 +168,9 @@ def test_variances_are_bounded():
     module = make(Alone, kl_epoch=0)
     with torch.no_grad():
         module.fc_var.bias.fill_(300.0)
-    assert module.training_step(draw(18), 0).isfinite()
+    loss, deviation = module.training_step(draw(18), 0), module.statistics.deviations / module.statistics.counts.sum()
+    assert loss.isfinite()
+    assert float(deviation) == pytest.approx(math.exp(5))  # of a log-variance of 10
 
 
 def test_mixed_precision_leaves_heads_and_loss_in_float32():
@@ -294,6 +297,19 @@ def test_schedules_begin_where_the_backbone_learns(name):
     options = {"margin": Margin(first_epoch=99), "lr_scheduler": schedule, "lr_interval": interval}
     train(make(finetune=Finetune(2, 0.02), **options), 5, callbacks=[watch])
     assert watch.rates == pytest.approx(8 * [0.02] + expected)
+
+
+@pytest.mark.parametrize("length", [2, 3, 4])
+def test_a_schedule_is_made_for_the_epochs_in_which_it_steps(length):
+    module = make(
+        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, length),
+        finetune=Finetune(unfreeze_epoch=2, lr=0.5),
+    )
+    if length == 2:
+        with pytest.raises(ValueError, match="made for 2 epochs, and the run has 3 after the first 2 epochs"):
+            train(module, 5)
+    else:
+        train(module, 5)
 
 
 def test_without_finetuning_everything_learns_from_the_start():
@@ -559,6 +575,56 @@ def test_an_autoencoder_without_weights_is_warned_of(trained, tmp_path, caplog):
     assert ("the autoencoder is not trained" in caplog.text) == (not trained)
 
 
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_backbone_to_be_finetuned_without_weights_is_warned_of(trained, tmp_path, caplog):
+    module = make(finetune=Finetune(unfreeze_epoch=1))
+    torch.save(module.backbone.state_dict(), tmp_path / "weights.pt")
+    if trained:
+        load_weights(module.backbone, str(tmp_path / "weights.pt"))
+    train(module, 1)
+    assert ("to be fine-tuned, but it is not trained" in caplog.text) == (not trained)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kl_estimator": "MC"}, "kl_estimator is analytic or mc, not 'MC'"),
+        ({"calibration": "val"}, "calibration is train or id_val or test, not 'val'"),
+        ({"latent_dim": 0}, "latent_dim must be at least 1"),
+        ({"kl_weight": -1.0}, "kl_weight at least 0, got latent_dim=4, kl_weight=-1.0"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        make(**options)
+
+
+def test_a_margin_that_does_not_grow_is_refused():
+    with pytest.raises(ValueError, match="jumps that must be positive, got 0"):
+        Margin(jump=0.0)
+
+
+class Logged(Callback):
+    def on_train_end(self, trainer, pl_module):
+        self.metrics = dict(trainer.callback_metrics)
+
+
+def test_the_course_of_training_is_logged_and_drawn():
+    logged, module = Logged(), make()
+    assert module.figures() == {}
+    train(module, 3, callbacks=[logged])
+    course = module.statistics.course
+    assert course.shape == (3, 6)
+    for name, value in zip(COURSE, course[-1], strict=True):
+        assert float(logged.metrics[f"latent/{name}"]) == pytest.approx(float(value), rel=1e-6)
+    distances, norms, deviations = module.figures()["latent_space"].axes
+    curves = {line.get_label(): line.get_ydata() for line in distances.lines}
+    assert curves["nearest two class means"] == pytest.approx(course[:, 5].numpy())
+    assert curves["margin"] == pytest.approx(course[:, 0].numpy())
+    assert norms.lines[0].get_ydata() == pytest.approx(course[:, 3].numpy())
+    assert deviations.lines[0].get_ydata() == pytest.approx(course[:, 1].numpy())
+
+
 # Learning
 
 
@@ -569,7 +635,7 @@ class Perceptron(Net):
 
 
 LENGTHS = {  # epochs, margin, least distance between class means
-    "short": (10, Margin(final=5.0, first_epoch=2), 5.0),
+    "short": (7, Margin(final=3.0, first_epoch=1), 3.0),
     "whole": (60, Margin(final=32.0, first_epoch=10), 30.0),
 }
 
