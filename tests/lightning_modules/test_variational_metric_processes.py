@@ -6,8 +6,8 @@ from pathlib import Path
 import forked
 import pytest
 import torch
+from latent_toy import QUIET, Net, draw, make, state_of
 from pytorch_lightning import Callback, Trainer
-from test_variational_metric import QUIET, Net, draw, make, state_of
 from torch import nn
 from torch.utils.data import DataLoader
 
