@@ -253,7 +253,7 @@ DATA = os.environ.get("OOD_TEST_DATA")
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(DATA is None, reason="OOD_TEST_DATA names no folder with the arrays of MNIST")
 def test_the_recipe_learns_a_part_of_mnist(tmp_path, checkpoints):
-    noise = np.random.default_rng(0).integers(0, 256, (500, 28, 28), dtype=np.uint8)
+    noise = np.random.default_rng(0).integers(128, 256, (500, 28, 28), dtype=np.uint8)  # 0 to 1 for the network
     np.savez(tmp_path / "noise.npz", images=noise)
     recipe = yaml.safe_load((ROOT / "experiments" / "variational_metric" / "mnist_arrays.yaml").read_text())
     del recipe["model"]["init_args"]["autoencoder"]
