@@ -130,7 +130,7 @@ def fit_a_share(folder, processes):
     torch.save(scores_of(module), folder / f"{processes}_{module.global_rank}.pt")
 
 
-@pytest.mark.parametrize("processes", [pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_several_processes_fit_what_one_does(tmp_path, processes):
     data = Pixels(train=TRAIN, batch_size=60, fit_limit=2 * BATCH + 1)
     expected = scores_of(fit(tmp_path, of_every_kind(), data))

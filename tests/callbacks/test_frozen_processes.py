@@ -239,6 +239,7 @@ print("RESULT", extractor.cache.nbytes / 1e6, extraction, verification, max(samp
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_images(tmp_path):
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(frozen_toy.__file__).parent)])}
     command = [sys.executable, "-W", "ignore", "-c", MEMORY, str(tmp_path)]

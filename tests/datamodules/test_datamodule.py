@@ -419,7 +419,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_small_images_are_decoded_once(tmp_path, kept, decoded, monkeypatch, num_workers):
     sets = files_of(tmp_path)
     with monkeypatch.context() as patch:

@@ -235,6 +235,7 @@ def test_every_stage_of_a_run_is_tested_once(run, capsys):
     assert all(path.stat().st_mtime_ns > time for path, time in times.items())
 
 
+@pytest.mark.slow
 def test_a_stage_whose_checkpoint_changed_is_tested_again(run):
     assert main(["stages", str(run)]) == 0
     before = (run / "stages" / "stages.csv").read_text()

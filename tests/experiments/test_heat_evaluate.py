@@ -172,6 +172,7 @@ def test_a_member_that_is_trained_again_counts(runs):
     assert not np.allclose(after["score/composition_0"], before["score/composition_0"])
 
 
+@pytest.mark.slow
 def test_own_scores_join_and_other_data_are_refused(runs, capsys):
     (runs.parent / "_own.yaml").write_text("evaluation: {scores: {msp: lightning_modules.scores.logits.MSP}}\n")
     own = ["--config", str(runs.parent / "_own.yaml"), "--name", "own", "--beta", "0.5", "-inf", "-1e-3"]

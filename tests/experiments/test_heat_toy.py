@@ -100,6 +100,7 @@ def test_data_lie_in_four_modes_two_of_each_class():
             assert mode.std(0) == pytest.approx([STD, STD], abs=0.01)
 
 
+@pytest.mark.slow
 def test_prior_with_one_gaussian_for_each_class_misses_the_modes():
     _, prior = energies(trained(), GRID)
     assert kl_from_data(prior) == pytest.approx(0.663, abs=0.003)

@@ -147,6 +147,7 @@ def same_state(folder):
                 assert torch.equal(value[key], other["state"][slot][key]), (slot, key)
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_a_clean_record_that_continues(folder):
     broken = fit(folder, "interrupted", 0, signal.SIGINT)
     assert broken.returncode == 1

@@ -137,7 +137,7 @@ def alone(folder):
     return every_score(folder, 1)
 
 
-@pytest.mark.parametrize("processes", [pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_all_scores_and_what_they_learn_equal_those_of_one_process(folder, alone, processes):
     _, samples_1, states_1 = alone
     _, samples, states = every_score(folder, processes)

@@ -227,7 +227,8 @@ def test_two_processes_evaluate_as_one(trained, evaluated):
         np.testing.assert_allclose(two[name], one[name], rtol=1e-4, atol=least, err_msg=name)
 
 
-@pytest.mark.parametrize("calibration", ["id_val", pytest.param("test", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("calibration", ["id_val", "test"])
 def test_two_processes_calibrate_on_the_images_of_all(trained, evaluated, calibration):
     shutil.copytree(run_folder(trained, "two"), run_folder(trained, calibration))
     path = run_folder(trained, calibration) / "config.yaml"
