@@ -51,6 +51,11 @@ class LastCheckpoint(ModelCheckpoint):
         super().on_train_start(trainer, pl_module)
         self._last_global_step_saved = trainer.global_step
 
+    def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        """Leave an epoch's last step to the end of the epoch: resumed from before that, Lightning would skip it."""
+        if not trainer.is_last_batch:
+            super().on_train_batch_end(trainer, *args, **kwargs)
+
 
 class OODCLI(LightningCLI):
     """One run folder for each experiment and name; the configuration of the fit is the record of the run.

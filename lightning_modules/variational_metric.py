@@ -127,6 +127,8 @@ class VariationalMetric(OODModule):
         ):
             if value not in known:
                 raise ValueError(f"{name} is {' or '.join(known)}, not {value!r}")
+        if self.num_classes < 2:
+            raise ValueError(f"classes are told apart by this method, so it takes at least 2, not {self.num_classes}")
         if latent_dim < 1 or kl_weight < 0:
             raise ValueError(
                 f"latent_dim must be at least 1 and kl_weight at least 0, got latent_dim={latent_dim}, "

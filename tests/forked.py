@@ -5,7 +5,14 @@ import os
 import socket
 import sys
 
-PRELOADED = ["experiments.__main__", "experiments.verbs", "lightning_modules.heat", "datamodules.digits", "wandb"]
+PRELOADED = [
+    "experiments.__main__",
+    "experiments.verbs",
+    "lightning_modules.heat",
+    "lightning_modules.variational_metric",
+    "datamodules.digits",
+    "wandb",
+]
 
 
 def run(target, *args, processes=1, log=os.devnull, timeout=120):

@@ -185,6 +185,38 @@ def test_a_fit_that_is_killed_continues_to_the_same_bits(tmp_path, case):
     torch.testing.assert_close(resumed["state"], whole["state"], rtol=0, atol=0)
 
 
+BREAK_AT_THE_END = """
+import os, signal
+from pathlib import Path
+from pytorch_lightning import Callback
+
+class Break(Callback):
+    def __init__(self, flag: str):
+        self.flag = Path(flag)
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        if trainer.current_epoch == 1 and not self.flag.exists():
+            self.flag.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_fit_that_is_killed_between_the_last_step_and_the_end_of_an_epoch_ends_that_epoch(tmp_path):
+    (tmp_path / "ending.py").write_text(BREAK_AT_THE_END)
+
+    def fit(name, code, *options):
+        own = ["--name", name, "--save_every_n_steps", str(BATCHES), "--trainer.max_epochs", "3", *options]
+        command(tmp_path, "fit", *CONFIG, *SMALL, *own, codes=code)
+
+    breaking = callback("ending.Break", flag=str(tmp_path / "flag"))
+    (tmp_path / "whole").touch()
+    fit("whole", 0, *callback("ending.Break", flag=str(tmp_path / "whole")))
+    fit("killed", -signal.SIGKILL, *breaking)
+    fit("killed", 0, *breaking)
+    whole, resumed = last(tmp_path, "whole"), last(tmp_path, "killed")
+    torch.testing.assert_close(resumed["state_dict"], whole["state_dict"], rtol=0, atol=0)
+
+
 # On two processes
 
 
