@@ -193,9 +193,8 @@ def unwrap(checkpoint: Any, path: Path, whole: bool = False) -> dict[str, Tensor
             f"{path} holds no state dict (names of tensors), bare, under {' or '.join(CONTAINERS)}, or under "
             f"{' and '.join(PARTS)}; it holds {held}"
         )
-    if (
-        "pytorch-lightning_version" in checkpoint and not whole
-    ):  # beside the network it holds what the method adds to it
+    # beside the network, a Lightning checkpoint holds what the method adds to it
+    if "pytorch-lightning_version" in checkpoint and not whole:
         network = {name: value for name, value in state.items() if name.startswith("backbone.")}
         if not network and "fc_mu.weight" in state:  # its encoder may carry a classifier that was never trained
             network = {name: value for name, value in state.items() if re.match(r"encoder\.(?!fc\.)", name)}
