@@ -63,8 +63,8 @@ data-check: .venv/installed ## list every set of images: there or not, complete 
 data-%: .venv/installed
 	@$(RUN) data get $* $(ARGS)
 
-test: .venv/installed ## run the tests
-	.venv/bin/python -m pytest $(ARGS)
+test: .venv/installed ## run the tests, on two cores
+	.venv/bin/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 test-slow: .venv/installed ## run the tests that take longer
 	.venv/bin/python -m pytest -m slow $(ARGS)

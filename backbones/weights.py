@@ -6,7 +6,7 @@ import logging
 import os
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,8 @@ def load_weights(module: nn.Module, source: str) -> None:
 
             - a file of ``torch.save``, relative to the repository root or absolute;
             - ``run:<method>/<setting>[/<name>]``, the checkpoint of an experiment of ours (``name`` is ``seed0`` unless
-              given);
+              given), ``best.ckpt`` if there, else ``last.ckpt``; ``@last``, ``@epochs/049`` and the like behind it
+              choose another;
             - the name of published weights, ``<source>/<weights>`` (``backbones.published``);
             - a name of torchvision's, such as ``ResNet50_Weights.IMAGENET1K_V1``.
 
@@ -111,7 +112,7 @@ def origins(module: nn.Module) -> dict[str, dict[str, str]]:
 
 
 def locate(source: str) -> Path:
-    """Find the file that ``source`` names; of a finished run it is ``best.ckpt`` if there, else ``last.ckpt``."""
+    """Find the file that ``source`` names, as for ``load_weights``."""
     if source.startswith("run:"):
         return _locate_run(source)
     if published.is_torchvision(source):
@@ -127,7 +128,13 @@ def locate(source: str) -> Path:
 
 
 def _locate_run(source: str) -> Path:
-    if not (parts := re.fullmatch(r"run:([^/]+)/([^/]+)(?:/([^/]+))?", source)):
+    source, _, checkpoint = source.partition("@")
+    return locate_in_run(source, [f"{checkpoint}.ckpt"] if checkpoint else ["best.ckpt", "last.ckpt"])
+
+
+def locate_in_run(source: str, files: Sequence[str]) -> Path:
+    """Find the first that there is of some ``files`` of a finished run, ``run:<method>/<setting>[/<name>]``."""
+    if not (parts := re.fullmatch(r"run:([^/@]+)/([^/@]+)(?:/([^/@]+))?", source)):
         raise ValueError(f"a run is named run:<method>/<setting> or run:<method>/<setting>/<name>, not {source}")
     method, setting, name = parts.group(1), parts.group(2), parts.group(3) or "seed0"
     folder = CHECKPOINTS / method / setting / name
@@ -145,10 +152,13 @@ def _locate_run(source: str) -> Path:
             f"{source} is {status}, not finished: {folder}. The same command continues it; to start from it as it is, "
             "give the path of its checkpoint"
         )
-    for path in (folder / "best.ckpt", folder / "last.ckpt"):
-        if path.is_file():
-            return path
-    raise FileNotFoundError(f"{source} is not trained yet: {folder} has neither best.ckpt nor last.ckpt; {remedy}")
+    for file in files:
+        if (folder / file).is_file():
+            return folder / file
+    if status is None:
+        raise FileNotFoundError(f"{source} is not trained yet: {folder} has no {' or '.join(files)}; {remedy}")
+    there = ", ".join(sorted(str(path.relative_to(folder)) for path in folder.rglob("*.ckpt")))
+    raise FileNotFoundError(f"{source} has no {' or '.join(files)} in {folder}; there is {there or 'no checkpoint'}")
 
 
 class Stub:

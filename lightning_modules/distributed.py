@@ -35,3 +35,8 @@ def gather_rows(rows: Tensor) -> Tensor:
     shares = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(shares, padded)
     return torch.cat([share[: int(count)] for share, count in zip(shares, counts, strict=True)])
+
+
+def mean_over_processes(tensor: Tensor) -> Tensor:
+    """Average a tensor of the same shape over processes, as averaged gradients are."""
+    return sum_over_processes(tensor) / world_size()

@@ -12,6 +12,14 @@ signal.signal(
 os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"  # Lightning calls what jsonargparse has renamed
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    """What a test draws does not depend on the tests before it."""
+    import torch  # only once its threads are set
+
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def data_folder(tmp_path_factory):
     """Root of all data where a test names no other: tests leave nothing in the repository's."""

@@ -40,7 +40,7 @@ def draw(path, size=(8, 8, 3)):
 
 
 def write_cifar(folder, version, monkeypatch):
-    """Write three images a file; return all, (N, 3, 32, 32), and their labels, by split."""
+    """Write three images a file, of classes all over their range; return all, (N, 3, 32, 32), and their labels."""
     kind = {10: datasets.CIFAR10, 100: datasets.CIFAR100}[version]
     base = folder / kind.base_folder
     base.mkdir()
@@ -55,7 +55,7 @@ def write_cifar(folder, version, monkeypatch):
         sums = []
         for name, _ in files:
             images[split].append(pixels(3, 3 * 32 * 32))
-            labels[split] += RANDOM.integers(0, version, 3).tolist()
+            labels[split] += [len(labels[split]) % version, version // 2, version - 1]
             content = {"data": images[split][-1]}
             if version == 10:
                 content["labels"] = labels[split][-3:]
