@@ -19,6 +19,7 @@ NAMES = (
     "heat",
     "class_density",
     "triplets",
+    "subnetwork",
 )
 
 

@@ -183,11 +183,13 @@ class OODEvaluation(Callback):
         module, data = _parts(trainer, pl_module)
         self._rows: dict[str, list[Row]] = defaultdict(list)
         self._images = 0
+        self._right = torch.zeros((), dtype=torch.int64, device=pl_module.device)  # by the logits that scores read
         self._calibration_forwards: dict[str, int] = {}
         self._started = time.perf_counter()
         self._features = None if self.embedding is None else FeatureSample(self.embedding, _sizes(trainer, data))
+        backbone = module.backbone_of_logits
         for score in self.fitting.values():
-            score.bind(module.backbone_of_logits)
+            score.bind(backbone)
             score.to(pl_module.device, torch.float64 if pl_module.dtype == torch.float64 else None)
 
     def on_test_batch_start(
@@ -234,7 +236,10 @@ class OODEvaluation(Callback):
             raise ValueError(
                 f"{type(pl_module).__name__} itself yields {', '.join(taken)}: rename those of the evaluation"
             )
-        predictions = outputs.logits.argmax(1) if module.num_classes else torch.full_like(labels, -1)
+        by_logits = outputs.logits.argmax(1) if module.num_classes else torch.full_like(labels, -1)
+        if loader == "id":
+            self._right += (by_logits == labels).sum()
+        predictions = by_logits if outputs.predictions is None else outputs.predictions
         self._rows[loader].append((ids, labels, predictions, outputs.scores | scores))
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -243,6 +248,7 @@ class OODEvaluation(Callback):
         samples = gather_samples(self._rows, data.sizes, data.repeats)
         samples = replace(samples, scores=module.complete(samples.scores, np.array(samples.splits)[samples.split]))
         images = int(sum_over_processes(torch.tensor(self._images, device=pl_module.device)))
+        right = int(sum_over_processes(self._right))
         if self._features is not None:
             self._features.gather()
         if not trainer.is_global_zero:
@@ -272,6 +278,7 @@ class OODEvaluation(Callback):
                 tau_source=self.tau_source,
                 oracle=self.thresholds,
             ),
+            "logit_accuracy": right / len(samples.of("id").ids) if module.num_classes else None,
             "configuration": self.configuration,
         }
         self.results["metric_rules"]["preset"] = self.rules_name

@@ -4,10 +4,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from pytorch_lightning import Trainer
 
 from backbones.weights import file_sha256, weights_sha256
+from callbacks.checkpoints import epoch_of
 from callbacks.provenance import git_revision, hardware, package_versions
 from callbacks.run_record import read_run
 from datamodules.datamodule import OODDataModule
@@ -17,9 +17,6 @@ from lightning_modules.ood_module import OODModule
 def identify(trainer: Trainer, module: OODModule, data: OODDataModule, run_folder: Path | None) -> dict[str, Any]:
     """Say what was evaluated, on what, by what; a run folder ends with method, setting and name."""
     checkpoint = trainer.ckpt_path
-    epoch = None
-    if checkpoint is not None:
-        epoch = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["epoch"]
     outliers = None
     if data.outlier_feed is not None:
         outliers = {
@@ -42,7 +39,7 @@ def identify(trainer: Trainer, module: OODModule, data: OODDataModule, run_folde
         "ood_subset": {key: getattr(data.ood_subset, key) for key in ("rule", "count", "repeats")},
         "checkpoint": None if checkpoint is None else Path(checkpoint).name,
         "checkpoint_sha256": None if checkpoint is None else file_sha256(checkpoint),
-        "epoch": epoch,
+        "epoch": None if checkpoint is None else epoch_of(checkpoint),
         "git_revision": git_revision(),
         "packages": package_versions(),
         "hardware": hardware(module.device),

@@ -171,6 +171,7 @@ def log_entries(results: Mapping[str, Any]) -> dict[str, float]:
     numbers = {f"ood/{of}/{values['score']}/{metric}": values[metric] for of, values in entries for metric in HEADLINE}
     if results["id_accuracy"] is not None:
         numbers["test/accuracy"] = results["id_accuracy"]
+        numbers["test/logit_accuracy"] = results["logit_accuracy"]
     return numbers
 
 

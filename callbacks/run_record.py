@@ -98,7 +98,9 @@ class RunRecord(Callback):
 
     @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Mark the run as finished."""
+        """Mark the run as finished, and write what it has found."""
+        for name, found in pl_module.findings().items():  # type: ignore[operator]
+            write_json(self.folder / f"{name}.json", found)
         self._write(status="finished", ended=_now(), epochs=trainer.current_epoch, steps=trainer.global_step)
 
     @rank_zero_only

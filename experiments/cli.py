@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning import Callback, LightningModule
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from backbones.weights import CHECKPOINTS, ROOT, read_state_dict
+from callbacks.checkpoints import FirstCheckpoint, LastCheckpoint
 from callbacks.compatibility import Compatibility
 from callbacks.evaluation import OODEvaluation
 from callbacks.randomness import SeedSteps
@@ -41,20 +42,6 @@ class Parser(LightningArgumentParser):
 
     def _get_option_tuples(self, option_string: str) -> list[Any]:
         return []  # allow_abbrev=False does not reach the parsers of the subcommands
-
-
-class LastCheckpoint(ModelCheckpoint):
-    """Does not write the step again that it was resumed from: in mid-accumulation that would lose the gradients."""
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remember what Lightning keeps out of the callback's state."""
-        super().on_train_start(trainer, pl_module)
-        self._last_global_step_saved = trainer.global_step
-
-    def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        """Leave an epoch's last step to the end of the epoch: resumed from before that, Lightning would skip it."""
-        if not trainer.is_last_batch:
-            super().on_train_batch_end(trainer, *args, **kwargs)
 
 
 class OODCLI(LightningCLI):
@@ -107,7 +94,7 @@ class OODCLI(LightningCLI):
         )
         parser.add_argument("--save_every_n_steps", type=int | None, help="write last.ckpt in mid-epoch too")
         parser.add_argument(
-            "--keep_every_n_epochs", type=int | None, help="keep the checkpoint of every n-th epoch, in epochs/"
+            "--keep_every_n_epochs", type=int | None, help="keep the first, best and every n-th checkpoint, in epochs/"
         )
         parser.add_lightning_class_args(OODEvaluation, "evaluation")
         parser.link_arguments("seed_everything", "data.init_args.seed")
@@ -159,14 +146,23 @@ class OODCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def _checkpoints(self) -> list[Callback]:
-        common = {"dirpath": self.folder, "enable_version_counter": False, "save_on_train_epoch_end": True}
+        common: dict[str, Any] = {
+            "dirpath": self.folder,
+            "enable_version_counter": False,
+            "save_on_train_epoch_end": True,
+        }
         checkpoints: list[Callback] = []
+        best: dict[str, Any] = {"filename": "best", "monitor": "val/accuracy", "mode": "max"}
         if self._selection() == "best":  # before the last one, which stores its state
-            checkpoints += [ModelCheckpoint(**common, filename="best", monitor="val/accuracy", mode="max")]
-        if self.settings.keep_every_n_epochs:
-            kept = common | {"dirpath": self.folder / "epochs", "filename": "{epoch:03d}", "save_top_k": -1}
-            epochs = self.settings.keep_every_n_epochs
-            checkpoints += [ModelCheckpoint(**kept, auto_insert_metric_name=False, every_n_epochs=epochs)]
+            checkpoints += [ModelCheckpoint(**common, **best)]
+        if epochs := self.settings.keep_every_n_epochs:
+            kept = common | {"dirpath": self.folder / "epochs"}
+            every: dict[str, Any] = {"filename": "{epoch:03d}", "save_top_k": -1, "auto_insert_metric_name": False}
+            checkpoints += [FirstCheckpoint(self.folder / "epochs" / "first.ckpt")]
+            checkpoints += [ModelCheckpoint(**kept, **every, every_n_epochs=epochs)]
+            validates = self.datamodule.val_split and self.settings.trainer.limit_val_batches != 0
+            if self._selection() == "last" and validates and self.model.num_classes:
+                checkpoints += [ModelCheckpoint(**kept, **best)]
         if self.settings.save_every_n_steps:
             steps = self.settings.save_every_n_steps
             checkpoints += [LastCheckpoint(**common, filename="last", every_n_train_steps=steps)]

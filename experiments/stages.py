@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from backbones.weights import file_sha256
+from callbacks.checkpoints import epoch_of
 from callbacks.figures import stages_figure
 from callbacks.results import HEADLINE, read_results
 from callbacks.run_record import differences, read_run
@@ -25,8 +24,9 @@ def stages(args: Sequence[str]) -> None:
     folder = options.folder
     results = []
     for epoch, checkpoint in kept_checkpoints(folder):
-        StageCLI(["--config", str(folder / "config.yaml"), *rest], checkpoint, epoch)
-        results.append(read_results(folder / "stages" / f"{epoch:03d}"))
+        stage = f"stages/{epoch:03d}" if epoch >= 0 else "stages/first"
+        StageCLI(["--config", str(folder / "config.yaml"), *rest], checkpoint, stage)
+        results.append(read_results(folder / stage))
     write_stages(folder / "stages", results)
     print(f"{folder / 'stages'}: stages.csv, {', '.join(f'{metric}.png' for metric in HEADLINE)}")
 
@@ -34,8 +34,8 @@ def stages(args: Sequence[str]) -> None:
 class StageCLI(OODCLI):
     """``test`` of one checkpoint, into a folder of its own; what is there already is not done again."""
 
-    def __init__(self, args: Sequence[str], checkpoint: Path, epoch: int) -> None:
-        self.stage, self.checkpoint = f"stages/{epoch:03d}", checkpoint
+    def __init__(self, args: Sequence[str], checkpoint: Path, stage: str) -> None:
+        self.stage, self.checkpoint = stage, checkpoint
         own = ["--ckpt_path", str(checkpoint), "--trainer.logger", "false", "--evaluation.subfolder", self.stage]
         super().__init__(["test", *args, *own], show_results=False)
 
@@ -65,10 +65,7 @@ def kept_checkpoints(folder: Path) -> list[tuple[int, Path]]:
     files = [folder / "best.ckpt", *sorted((folder / "epochs").glob("*.ckpt"))]
     if record.get("status") == "finished":  # else it may be of mid-epoch
         files = [folder / "last.ckpt", *files]
-    found = {}
-    for path in files:
-        if path.is_file():
-            found[int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["epoch"])] = path
+    found = {epoch_of(path): path for path in files if path.is_file()}
     if len(found) < 2:
         state = f"{len(found)} checkpoint" if record else "no run"
         raise FileNotFoundError(

@@ -17,12 +17,14 @@ class Evidence(NamedTuple):
         features: tap -> (B, D_tap); ``penultimate`` always, others on request.
         scores: the method's own OOD scores, (B,), higher = more OOD; may be empty.
         maps: (B, C, H, W) to look at (heatmaps), else None.
+        predictions: (B,) classes that the method predicts, where these are not the largest logits; else None.
     """
 
     logits: Tensor
     features: dict[str, Tensor]
     scores: dict[str, Tensor]
     maps: Tensor | None
+    predictions: Tensor | None = None
 
 
 class EvidenceBatch(NamedTuple):

@@ -101,16 +101,23 @@ class OODModule(LightningModule, ABC):
         """
         return scores
 
+    def findings(self) -> dict[str, Any]:
+        """Return what training has found out beside weights, by name; the run record writes ``<name>.json`` of each."""
+        return {}
+
     def figures(self) -> dict[str, Figure]:
         """Return the method's own pictures, by name; a callback decides where they go."""
         return {}
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Count the correctly classified images of the held-out ID part."""
-        images, labels, _ = batch
-        logits, known = self(images).logits, labels >= 0
+        """Observe the held-out images as a test does, and count."""
+        self.count_correct(self.test_step(batch, batch_idx), batch[1])
+
+    def count_correct(self, evidence: Evidence, labels: Labels) -> None:
+        """Count the correctly classified among B validated images; those labelled -1 do not count."""
+        predictions, known = evidence.logits if evidence.predictions is None else evidence.predictions, labels >= 0
         if known.any():  # the last share of a process may be empty
-            self.val_accuracy.update(logits[known], labels[known])
+            self.val_accuracy.update(predictions[known], labels[known])
         self.log("val/accuracy", self.val_accuracy, on_epoch=True, prog_bar=True)
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Evidence:  # type: ignore[override]

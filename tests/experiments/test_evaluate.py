@@ -211,13 +211,15 @@ def run(checkpoints):
 def test_every_stage_of_a_run_is_tested_once(run, capsys):
     epochs = {
         torch.load(run / name, weights_only=True)["epoch"] for name in ("last.ckpt", "best.ckpt", "epochs/001.ckpt")
-    }
+    } | {-1}  # before the first step
     assert main(["stages", str(run)]) == 0
     with (run / "stages" / "stages.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [int(row["epoch"]) for row in rows] == [epoch for epoch in sorted(epochs) for _ in range(3)]
     for row in rows:
-        stage = json.loads((run / "stages" / f"{int(row['epoch']):03d}" / "results.json").read_text())
+        folder = run / "stages" / (f"{int(row['epoch']):03d}" if int(row["epoch"]) >= 0 else "first")
+        stage = json.loads((folder / "results.json").read_text())
+        assert stage["epoch"] == int(row["epoch"])
         (expected,) = [found for found in stage["rows"] if found["ood_set"] == row["ood_set"]]
         assert float(row["auroc"]) == expected["auroc"]
         assert float(row["id_accuracy"]) == stage["id_accuracy"]
@@ -256,7 +258,8 @@ def test_the_last_checkpoint_of_an_unfinished_run_is_no_stage(run):
 
 
 def test_a_curve_needs_two_points(checkpoints, capsys):
-    assert main(["fit", "--config", DIGITS, *QUIET, "--trainer.max_epochs", "1"]) == 0
+    options = ["--trainer.max_epochs", "1", "--keep_every_n_epochs", "null"]
+    assert main(["fit", "--config", DIGITS, *QUIET, *options]) == 0
     folder = checkpoints / "classifier" / "digits" / "seed0"
     assert main(["stages", str(folder)]) == 2
     assert "holds 1 checkpoint, and a curve needs two: train with --keep_every_n_epochs" in capsys.readouterr().err

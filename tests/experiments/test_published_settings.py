@@ -31,7 +31,7 @@ def heatmap(network, version=10, epochs=100, batch_size=200):
 
 def unleashing_mask(name, version, **options):
     data = {"version": version, "protocol": "unleashing_mask", "augmentation": "protocol", "batch_size": 256}
-    data |= {"drop_last": False, "val_split": 0.0}
+    data |= {"drop_last": False, "val_split": 0.02}
     network = (name, {"num_classes": version, "dropout": 0.3, "affine": False, **IN_NETWORK, **options})
     return Recipe(network, MASK, ("CosineAnnealingLR", {"T_max": 100}), 100, data, keep=5)
 
