@@ -54,7 +54,7 @@ def histogram_figure(samples: Samples, name: str) -> Figure:
         low, high = _bulk(np.concatenate([known, unknown]))
         for scores, label, colour in ((known, "ID", "tab:blue"), (unknown, ood_set, "tab:orange")):
             panel.hist(
-                scores.clip(low, high),
+                scores.astype(np.float64).clip(low, high),  # an untrained network's may be nearly equal
                 bins=50,
                 range=(low, high),
                 density=True,

@@ -174,7 +174,7 @@ def images_figure(before: Margins, after: Margins, images: ImageSet, classes: li
     for panel, row in zip(panels, worst, strict=False):
         pixels = images.read(torch.tensor([row]))[0].permute(1, 2, 0).numpy()
         panel.imshow(pixels.squeeze(), cmap="gray")
-        panel.set_title(f"{classes[after.labels[row]]}\nnot {classes[after.predictions[row]]}", fontsize=7)
+        panel.set_title(f"{classes[after.labels[row]]}\ntaken for {classes[after.predictions[row]]}", fontsize=7)
     return figure
 
 

@@ -64,7 +64,7 @@ class Images:
 def test_pictures_show_the_forgotten():
     figure = images_figure(BEFORE, AFTER, Images(), CLASSES)
     (panel,) = figure.axes
-    assert panel.get_title() == "one\nnot two"
+    assert panel.get_title() == "one\ntaken for two"
     assert (panel.images[0].get_array() == 7).all()
     points, shares = margins_figure(BEFORE, AFTER).axes
     assert [len(drawn.get_offsets()) for drawn in points.collections] == [3, 1]

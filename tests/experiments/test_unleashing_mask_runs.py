@@ -166,7 +166,16 @@ def test_a_fit_that_is_killed_continues_to_the_same_bits(folder, request, name):
     (folder / "breaking.py").write_text(BREAK)
     breaking = {"flag": str(folder / f"broke_{name}"), "sig": int(signal.SIGKILL), "batches": [11]}
     callback = json.dumps({"class_path": "breaking.Break", "init_args": breaking})
-    options = [*SHORT, *(FEW if name == "digits_umap" else []), "--name", "killed", "--save_every_n_steps", "3", "--trainer.callbacks+", callback]
+    options = [
+        *SHORT,
+        *(FEW if name == "digits_umap" else []),
+        "--name",
+        "killed",
+        "--save_every_n_steps",
+        "3",
+        "--trainer.callbacks+",
+        callback,
+    ]
     command(folder, "fit", name, *options, codes=-signal.SIGKILL)
     assert torch.load(whole.with_name("killed") / "last.ckpt", weights_only=True)["global_step"] == 9
     command(folder, "fit", name, *options)
