@@ -100,18 +100,18 @@ class LossEstimate(OODModule):
     def on_train_epoch_start(self) -> None:
         """Draw the masks, always the same, and begin to count."""
         self.networks = [network.to(self.device) for network in masked_networks(self.backbone, **self.settings)]
-        self.sums.zero_()
+        self.own_sums = torch.zeros_like(self.sums)  # no buffer, which one process would share with all
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:  # type: ignore[override]
         """Count the losses of one batch."""
         images, labels, _ = batch
         known = labels >= 0
-        self.sums += tally(self.networks, images[known], labels[known])
+        self.own_sums += tally(self.networks, images[known], labels[known])
 
     def on_train_epoch_end(self) -> None:
         """Join the processes."""
-        del self.networks
-        self.sums = sum_over_processes(self.sums)
+        self.sums = sum_over_processes(self.own_sums)
+        del self.networks, self.own_sums
         self.log_dict({f"estimate/{name}": value for name, value in summarize(self.sums).items() if name == "floor"})
 
     def findings(self) -> dict[str, Any]:
