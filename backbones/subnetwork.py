@@ -5,7 +5,7 @@ al., "Unleashing Mask", ICML 2023, from a trained network.
 """
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from copy import deepcopy
 from fractions import Fraction
 from typing import Any
@@ -80,13 +80,15 @@ class Subnetwork(nn.Module):
         seed: what the scores are drawn from, uniform within 1 / sqrt(fan-in); not as the weights are from the same.
 
     Raises:
-        ValueError: no such share.
+        ValueError: no such share, or no weights to leave out.
     """
 
     def __init__(self, backbone: Backbone, keep: float, seed: int | Sequence[int]) -> None:
         super().__init__()
         if not 0 < keep <= 1:
             raise ValueError(f"keep is the share of the weights that stay, above 0 and up to 1, not {keep}")
+        if not any(True for _ in maskable(backbone)):
+            raise ValueError(f"{type(backbone).__name__} has neither a convolution nor a linear layer to mask")
         self.keep = keep
         entropy = np.random.SeedSequence((STREAM, *np.atleast_1d(seed)))
         generator = torch.Generator().manual_seed(int(entropy.generate_state(1)[0]))
@@ -122,6 +124,24 @@ class Subnetwork(nn.Module):
         network = deepcopy(backbone)
         network.load_state_dict(network.state_dict() | self.tensors(backbone))
         return network
+
+
+def extract_state(state: Mapping[str, Tensor], keep: float) -> dict[str, Tensor]:
+    """Return the state dict of a subnetwork by itself, out of that of a method that holds both.
+
+    Args:
+        state: with entries ``backbone.*`` of the network and ``subnetwork.*``.
+        keep: of the subnetwork.
+    """
+    network = {name: values for name, values in state.items() if name.startswith("backbone.")}
+    for name, values in state.items():
+        kind, _, of = name.removeprefix("subnetwork.").partition(".")
+        entry = f"backbone.{of.replace('/', '.')}"
+        if kind == "scores":
+            network[entry] = network[entry] * top_mask(values, keep)
+        elif kind == "statistics":
+            network[entry] = values
+    return network
 
 
 class _Pass(nn.Module):

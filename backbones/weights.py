@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.serialization import safe_globals
 
 from backbones import layouts, published
+from backbones.subnetwork import extract_state
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINTS = Path(os.environ.get("OOD_CHECKPOINTS", ROOT / "checkpoints")).absolute()
@@ -48,7 +49,8 @@ def load_weights(module: nn.Module, source: str) -> None:
 
             The state dict may lie under ``state_dict`` or ``model_state`` or be split into ``net_state_dict`` and
             ``cls_state_dict``, and its names may carry the prefix of a wrapper; of a Lightning checkpoint the network's
-            part is taken. Names of published layouts are translated (``backbones.layouts``).
+            part is taken, of one with a subnetwork that. Names of published layouts are translated
+            (``backbones.layouts``).
 
     Raises:
         FileNotFoundError: there is no such file; for a run it names the make target that trains it, for published
@@ -206,6 +208,8 @@ def unwrap(checkpoint: Any, path: Path, whole: bool = False) -> dict[str, Tensor
     # beside the network, a Lightning checkpoint holds what the method adds to it
     if "pytorch-lightning_version" in checkpoint and not whole:
         network = {name: value for name, value in state.items() if name.startswith("backbone.")}
+        if any(name.startswith("subnetwork.") for name in state):  # what the method has made of the network
+            network = extract_state(state, checkpoint["keep"])
         if not network and "fc_mu.weight" in state:  # its encoder may carry a classifier that was never trained
             network = {name: value for name, value in state.items() if re.match(r"encoder\.(?!fc\.)", name)}
         return network or state

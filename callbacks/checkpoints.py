@@ -36,7 +36,7 @@ class FirstCheckpoint(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write it, once."""
-        if trainer.ckpt_path is None:
+        if not trainer.strategy.broadcast(self.path.is_file()):
             trainer.save_checkpoint(self.path, weights_only=False)
 
 

@@ -55,7 +55,7 @@ class Forgetting(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure what training starts from; a run that goes on has done so."""
         module, folder = _parts(trainer, pl_module)
-        if trainer.ckpt_path is None:
+        if not trainer.strategy.broadcast((folder / "before.npz").is_file()):
             before = measure(trainer, module.backbone)
             if trainer.is_global_zero:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -120,6 +120,7 @@ def summarize(before: Margins, after: Margins) -> dict[str, Any]:
         "forgotten": int(forgotten.sum()),
         "learned": int((~before.correct & after.correct).sum()),
         "mean_margin_before": float(before.margins.mean()),
+        "mean_margin_after": float(after.margins.mean()),
         "mean_margin_before_of_forgotten": float(before.margins[forgotten].mean()) if forgotten.any() else None,
     }
 
@@ -148,7 +149,8 @@ def margins_figure(before: Margins, after: Margins) -> Figure:
     figure = Figure(figsize=(8, 3.6), layout="constrained")
     points, shares = figure.subplots(1, 2)
     for rows, colour, label in ((~forgotten, "tab:grey", "all others"), (forgotten, "tab:red", "forgotten")):
-        points.scatter(before.margins[rows], after.margins[rows], 4, colour, alpha=0.5, linewidths=0, label=label)
+        if rows.any():
+            points.scatter(before.margins[rows], after.margins[rows], 4, colour, alpha=0.5, linewidths=0, label=label)
     points.axhline(0, color="black", linewidth=0.6)
     points.axvline(0, color="black", linewidth=0.6)
     points.set(xlabel="margin before (logits)", ylabel="margin after (logits)")
@@ -168,6 +170,7 @@ def images_figure(before: Margins, after: Margins, images: ImageSet, classes: li
     worst = forgotten[np.argsort((after.margins - before.margins)[forgotten], kind="stable")][:SHOWN]
     columns = min(8, len(worst))
     figure = Figure(figsize=(1.25 * columns, 1.6 * -(-len(worst) // columns)), layout="constrained")
+    figure.suptitle(f"{len(worst)} of {len(forgotten)} forgotten images, the greatest loss of margin first", fontsize=8)
     panels: list[Axes] = list(figure.subplots(-(-len(worst) // columns), columns, squeeze=False).flat)
     for panel in panels:
         panel.set_axis_off()

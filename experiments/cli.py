@@ -152,7 +152,7 @@ class OODCLI(LightningCLI):
             "save_on_train_epoch_end": True,
         }
         checkpoints: list[Callback] = []
-        best: dict[str, Any] = {"filename": "best", "monitor": "val/accuracy", "mode": "max"}
+        best: dict[str, Any] = {"filename": "best", "monitor": self.model.best_by, "mode": "max"}
         if self._selection() == "best":  # before the last one, which stores its state
             checkpoints += [ModelCheckpoint(**common, **best)]
         if epochs := self.settings.keep_every_n_epochs:
@@ -161,7 +161,8 @@ class OODCLI(LightningCLI):
             checkpoints += [FirstCheckpoint(self.folder / "epochs" / "first.ckpt")]
             checkpoints += [ModelCheckpoint(**kept, **every, every_n_epochs=epochs)]
             validates = self.datamodule.val_split and self.settings.trainer.limit_val_batches != 0
-            if self._selection() == "last" and validates and self.model.num_classes:
+            classifies = self.model.num_classes and "backbone" not in self.model.frozen
+            if self._selection() == "last" and validates and classifies:
                 checkpoints += [ModelCheckpoint(**kept, **best)]
         if self.settings.save_every_n_steps:
             steps = self.settings.save_every_n_steps

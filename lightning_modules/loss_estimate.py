@@ -10,6 +10,7 @@ from copy import deepcopy
 from typing import Any
 
 import torch
+from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 from torch.nn import functional
 
@@ -31,7 +32,10 @@ def estimate_loss(
 ) -> dict[str, Any]:
     """Return what ``LossEstimate`` finds, from (images, labels) in plain PyTorch; the network stays as it is."""
     networks = masked_networks(backbone, keep, masks, mask_seed)
-    return summarize(sum(tally(networks, images, labels) for images, labels in batches))  # type: ignore[arg-type]
+    sums = torch.zeros(len(networks), 3, dtype=torch.float64)
+    for images, labels in batches:
+        sums += tally(networks, images, labels).cpu()
+    return summarize(sums)
 
 
 def masked_networks(backbone: Backbone, keep: float, masks: int, mask_seed: int) -> list[Backbone]:
@@ -55,6 +59,8 @@ def tally(networks: Sequence[Backbone], images: Tensor, labels: Tensor) -> Tenso
 
 def summarize(sums: Tensor) -> dict[str, Any]:
     """Turn the sums of ``tally`` over all images into what is written of them."""
+    if not sums.any():
+        raise ValueError("no image was seen: an estimate is an average over the ID training images")
     losses, accuracies = (sums[:, :2] / sums[:, 2:]).T
     return {
         "floor": float(losses[1:].mean()),
@@ -80,14 +86,13 @@ class LossEstimate(OODModule):
         mask_seed: what they are drawn from.
     """
 
-    sums: Tensor
-
     def __init__(self, backbone: Backbone, keep: float = 0.965, masks: int = 3, mask_seed: int = 0) -> None:
         super().__init__(backbone, optimizer=torch.optim.SGD)  # never made
         self.automatic_optimization = False
         self.settings: dict[str, Any] = {"keep": keep, "masks": masks, "mask_seed": mask_seed}
         masked_networks(backbone, **self.settings)  # which refuses what makes no sense
-        self.register_buffer("sums", torch.zeros(1 + masks, 3, dtype=torch.float64))
+        # no buffer: Lightning would round it in half precision, and processes would share that of the first
+        self.sums = torch.zeros(1 + masks, 3, dtype=torch.float64)
 
     def forward(self, images: Images) -> Evidence:
         """Observe (B, C, H, W) images by the whole network."""
@@ -100,19 +105,31 @@ class LossEstimate(OODModule):
     def on_train_epoch_start(self) -> None:
         """Draw the masks, always the same, and begin to count."""
         self.networks = [network.to(self.device) for network in masked_networks(self.backbone, **self.settings)]
-        self.own_sums = torch.zeros_like(self.sums)  # no buffer, which one process would share with all
+        self.sums = torch.zeros_like(self.sums, device=self.device)
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:  # type: ignore[override]
         """Count the losses of one batch."""
         images, labels, _ = batch
-        known = labels >= 0
-        self.own_sums += tally(self.networks, images[known], labels[known])
+        if sum_over_processes((labels < 0).any().float()):
+            raise ValueError("the batch holds outliers, an estimate is of ID images: leave out outlier_feed")
+        self.sums += tally(self.networks, images, labels)
 
     def on_train_epoch_end(self) -> None:
         """Join the processes."""
-        self.sums = sum_over_processes(self.own_sums)
-        del self.networks, self.own_sums
-        self.log_dict({f"estimate/{name}": value for name, value in summarize(self.sums).items() if name == "floor"})
+        del self.networks
+        self.sums = sum_over_processes(self.sums)
+        found = summarize(self.sums)
+        self.log("estimate/floor", found["floor"], rank_zero_only=True)
+        deviation = "" if found["std"] is None else f", with a deviation of {found['std']:.4g} from mask to mask"
+        rank_zero_info(f"floor {found['floor']:.4g}{deviation}; without masks the loss is {found['whole']['loss']:.4g}")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what was counted."""
+        checkpoint["sums"] = self.sums.cpu()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take what was counted."""
+        self.sums = checkpoint.get("sums", self.sums)
 
     def findings(self) -> dict[str, Any]:
         """Return the estimate, and what it is of."""

@@ -36,10 +36,11 @@ class OODModule(LightningModule, ABC):
 
     Attributes:
         taps: the features that ``forward`` returns beside ``penultimate``; the evaluation adds what its scores read.
-        selection: the checkpoint to test: ``best`` on ID validation accuracy, or ``last``.
+        selection: the checkpoint to test: ``best`` on held-out ID images, or ``last``.
+        best_by: what the best has most of, as validation logs it.
         frozen: names of submodules that stay in eval mode, take no gradient and are no business of the optimiser.
         epochs_without_schedule: at the start of training; ``lr_scheduler`` is made for the others.
-        extra_forwards: passes of an image through a network in ``forward``, beside the one, as the evaluation reports.
+        extra_forwards: passes of an image through a network in a test, beside the one, as the evaluation reports.
         num_classes: K, the width of the logits; 0 for a method without classes, which validates in its own way.
 
     Args:
@@ -50,6 +51,7 @@ class OODModule(LightningModule, ABC):
     """
 
     selection: ClassVar[Literal["best", "last"]] = "last"
+    best_by: str = "val/accuracy"
     frozen: tuple[str, ...] = ()
     epochs_without_schedule: int = 0
     extra_forwards: int = 0

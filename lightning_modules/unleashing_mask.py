@@ -7,10 +7,12 @@ of a ``Subnetwork``. Zhu, Li, Yao, Liu, Xu and Han, "Unleashing Mask: Explore th
 Detection Capability", ICML 2023.
 """
 
+import math
 from typing import Any, Literal
 
 import torch
 from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
+from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -59,10 +61,12 @@ class UnleashingMask(OODModule):
         freeze_weights: bool = True,
     ) -> None:
         super().__init__(backbone, optimizer, lr_scheduler, lr_interval)
-        if beta <= 0:
+        if not 0 < beta < math.inf:
             raise ValueError(f"beta weighs the cross-entropy and must be above 0, not {beta}")
         if keep is None and not freeze_weights:
             raise ValueError("freeze_weights: false is about the weights of a subnetwork: it takes keep, as of 0.8")
+        if keep == 1 and freeze_weights:
+            raise ValueError("keep: 1.0 leaves nothing to learn, for the weights are frozen: UM is without keep")
         self.floor, self.beta = resolve_floor(floor, estimate, backbone, beta), beta
         self.subnetwork: Subnetwork | None = None
         self.predicts_whole = keep is not None and freeze_weights
@@ -70,13 +74,18 @@ class UnleashingMask(OODModule):
             self.subnetwork = Subnetwork(backbone, keep, torch.initial_seed())
             backbone.requires_grad_(not freeze_weights)
         if self.predicts_whole:
-            self.extra_forwards = 1
+            self.extra_forwards, self.best_by = 1, "val/subnetwork_accuracy"
             self.subnetwork_accuracy = MulticlassAccuracy(self.num_classes, average="micro")
 
     @property
     def backbone_of_logits(self) -> Backbone:
         """The network that the scores see: with UMAP the subnetwork, by itself."""
         return self.backbone if self.subnetwork is None else self.subnetwork.extract(self.backbone)
+
+    def on_train_start(self) -> None:
+        """Say what the floor is."""
+        super().on_train_start()
+        rank_zero_info(f"floor {self.floor:.4g}")
 
     def forward(self, images: Images) -> Evidence:
         """Observe (B, C, H, W) images, by the subnetwork where there is one."""
@@ -89,6 +98,7 @@ class UnleashingMask(OODModule):
         """Return the cross-entropy of the batch, with its floor."""
         images, labels, _ = batch
         loss = self.beta * cross_entropy(widen(self(images).logits), labels)
+        # of shares that are equally large, as those of training batches are
         level, outliers = mean_over_processes(torch.stack([loss.detach(), (labels < 0).any().to(loss)]))
         if outliers:
             raise ValueError("the batch holds outliers, this method is trained without: leave out outlier_feed")
@@ -115,9 +125,9 @@ class UnleashingMask(OODModule):
             self.log("val/subnetwork_accuracy", self.subnetwork_accuracy, on_epoch=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the floor: a run goes on with the one that it began with."""
-        checkpoint["floor"] = self.floor
+        """Keep the floor, for a run goes on with the one that it began with, and what makes a mask of scores."""
+        checkpoint |= {"floor": self.floor} | ({} if self.subnetwork is None else {"keep": self.subnetwork.keep})
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the floor of the run."""
-        self.floor = checkpoint["floor"]
+        self.floor = checkpoint.get("floor", self.floor)  # a test of another method's checkpoint has none

@@ -59,7 +59,7 @@ def resolve_floor(floor: float | Literal["auto"], estimate: str | None, backbone
     if not 0 <= floor < math.inf:
         raise ValueError(f"a floor is a loss of at least 0, or auto, not {floor}")
     if estimate is not None:
-        raise ValueError(f"floor: {floor:g} takes no estimate, but there is {estimate}: leave one of both out")
+        raise ValueError(f"floor: {floor:g} takes no estimate, but there is {estimate}: say estimate: null, too")
     return floor
 
 
@@ -78,7 +78,17 @@ def read_estimate(source: str, backbone: Backbone) -> float:
     found = json.loads(path.read_text(encoding="utf-8"))
     theirs, ours = found["weights"], origins(backbone).get("")
     if theirs is None or ours is None or theirs["sha256"] != ours["sha256"]:
-        named = [of["source"] if of else "weights that no file holds" for of in (theirs, ours)]
-        raise ValueError(f"{path} is an estimate of {named[0]}, the network starts from {named[1]}: estimate it anew")
-    log.info("the floor of the cross-entropy is %.6g, as %s has found", found["floor"], source)
+        named = [
+            f"{of['source']} (SHA-256 {of['sha256'][:8]})" if of else "weights of no file" for of in (theirs, ours)
+        ]
+        raise ValueError(
+            f"{path} is an estimate of {named[0]}, the network starts from {named[1]}: estimate it anew, over the old "
+            "one with --overwrite true"
+        )
+    if found["floor"] <= found["whole"]["loss"]:
+        log.warning(
+            "%s found a floor of %.4g, and without masks the loss is %.4g: a network that is not converged has nothing "
+            "to forget",
+            *(source, found["floor"], found["whole"]["loss"]),
+        )
     return float(found["floor"])

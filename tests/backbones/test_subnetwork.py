@@ -55,18 +55,21 @@ def state_of(module):
 def test_counts_are_exact(numel, keep):
     expected = numel - math.floor((1 - KEEPS[keep]) * numel)
     assert kept(numel, keep) == expected
-    mask = top_mask(torch.randn(numel), keep)
-    assert mask.sum() == expected
+    for dtype in (torch.float32, torch.bfloat16):  # as a CPU, and as all else selects
+        mask = top_mask(torch.randn(numel).to(dtype), keep)
+        assert mask.float().sum() == expected
     assert set(mask.tolist()) <= {0.0, 1.0}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("keep", KEEPS)
-def test_what_is_kept_has_the_largest_magnitudes(keep):
-    scores = torch.randn(6, 5, 3, 3)
+def test_what_is_kept_has_the_largest_magnitudes(keep, dtype):
+    scores = (torch.randperm(200) - 99.5).view(10, 5, 2, 2).to(dtype)
     mask = top_mask(scores, keep)
     assert mask.shape == scores.shape
     if keep < 1:
-        assert scores.abs()[mask == 1].min() > scores.abs()[mask == 0].max()
+        assert scores.abs()[mask == 1].min() >= scores.abs()[mask == 0].max()
+        assert mask.float().sum() == kept(200, keep)
 
 
 @pytest.mark.parametrize("values", [torch.zeros(100), torch.tensor([1.0, -1.0]).repeat(50)])
@@ -130,11 +133,10 @@ def test_other_seeds_make_other_masks_and_the_same_the_same(network):
 
 
 def test_scores_are_not_the_weights_that_the_same_seed_makes():
-    torch.manual_seed(5)
-    initial = nn.Linear(400, 300, bias=False).weight.detach()
     backbone = Small()
-    backbone.fc = nn.Linear(400, 300)
-    scores = Subnetwork(backbone, 0.5, 5).scores["fc/weight"].detach()
+    torch.manual_seed(5)
+    backbone.conv1 = nn.Conv2d(40, 50, 3, bias=False)  # the first layer, from the start of the stream
+    initial, scores = backbone.conv1.weight.detach(), Subnetwork(backbone, 0.5, 5).scores["conv1/weight"].detach()
     assert abs(float(torch.corrcoef(torch.stack([scores.flatten(), initial.flatten()]))[0, 1])) < 0.02
 
 
@@ -204,6 +206,11 @@ def test_it_loads_strictly(network):
     del state["scores.fc/weight"]
     with pytest.raises(RuntimeError, match=r"Missing key.*scores.fc/weight"):
         Subnetwork(network, 0.8, 1).load_state_dict(state)
+
+
+def test_nothing_to_mask(network):
+    with pytest.raises(ValueError, match="Identity has neither a convolution nor a linear layer to mask"):
+        Subnetwork(nn.Identity(), 0.8, 0)
 
 
 @pytest.mark.parametrize("keep", [0.0, -0.1, 1.1, 80])

@@ -36,6 +36,7 @@ def test_forgotten_is_what_was_right_and_is_wrong():
         "forgotten": 1,
         "learned": 1,
         "mean_margin_before": 1.75,
+        "mean_margin_after": 0.75,
         "mean_margin_before_of_forgotten": 1.0,
     }
     assert summarize(BEFORE, BEFORE)["mean_margin_before_of_forgotten"] is None

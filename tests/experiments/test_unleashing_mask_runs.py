@@ -16,7 +16,9 @@ from test_interrupted import BREAK
 import backbones.weights
 import experiments.cli
 from backbones.digits_net import DigitsNet
+from backbones.subnetwork import maskable
 from callbacks.checkpoints import epoch_of
+from datamodules.digits import Digits
 from experiments.__main__ import main
 
 EXPERIMENTS = Path(__file__).resolve().parent.parent.parent / "experiments"
@@ -112,7 +114,7 @@ def test_a_folder_per_run(um, folder):
     with pytest.raises(SystemExit):  # an unknown option is no new run
         main(["run", *config("unleashing_mask/digits_um"), "--model.prune_rate", "0.8"])
     assert main(["run", *config("unleashing_mask/digits_um"), "--model.beta", "2.0"]) == 2
-    assert {path.name for path in um.parent.iterdir()} == {"seed0"}
+    assert {path.name for path in um.parent.iterdir()} <= {"seed0", "further", "killed"}
 
 
 def test_umap_predicts_as_before_and_scores_by_the_subnetwork(umap, folder):
@@ -126,10 +128,36 @@ def test_umap_predicts_as_before_and_scores_by_the_subnetwork(umap, folder):
     assert not np.allclose(new["score/energy"], old["score/energy"])
 
 
-def test_the_network_of_umap_is_that_which_it_started_from(umap):
-    first = DigitsNet(num_classes=6, weights="run:classifier/digits@last").state_dict()
-    for name, value in DigitsNet(num_classes=6, weights="run:unleashing_mask/digits_umap").state_dict().items():
-        assert torch.equal(value, first[name]), name
+@pytest.mark.parametrize("freeze", [True, False])
+def test_the_weights_of_umap_are_those_of_the_subnetwork(umap, folder, freeze):
+    name = "seed0"
+    if not freeze:
+        name = "joint"
+        run("digits_umap", *FEW, "--model.freeze_weights", "false", "--name", name)
+    found = json.loads((umap.with_name(name) / "results.json").read_text())
+    network = DigitsNet(num_classes=6, weights=f"run:unleashing_mask/digits_umap/{name}").eval()
+    assert sum(int((weight == 0).sum()) for _, weight in maskable(network)) > 0.6 * sum(
+        weight.numel() for _, weight in maskable(network)
+    )
+    data = Digits(batch_size=64, mean=[0.5], std=[0.5])
+    data.setup()
+    images = (data.sets["id"].read(torch.arange(data.sizes["id"])).float() / 255 - 0.5) / 0.5
+    accuracy = float((network(images).argmax(1) == data.sets["id"].labels).float().mean())
+    assert accuracy == pytest.approx(found["logit_accuracy"], abs=1e-6)
+
+
+def test_the_best_of_umap_is_that_of_the_subnetwork(umap):
+    state = torch.load(umap / "epochs" / "best.ckpt", weights_only=True)
+    (best,) = [s for name, s in state["callbacks"].items() if "'monitor': 'val/subnetwork_accuracy'" in name]
+    assert best["best_model_score"] < 1
+    assert epoch_of(umap / "epochs" / "best.ckpt") > 0
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_a_run_from_a_checkpoint_in_a_folder_of_its_own(um):
+    options = ["--name", "further", "--ckpt_path", str(um / "last.ckpt"), "--trainer.max_epochs", str(EPOCHS + 1)]
+    assert main(["fit", *config("unleashing_mask/digits_um"), *options, "--keep_every_n_epochs", "2"]) == 0
+    assert (um.with_name("further") / "forgotten" / "samples.csv").is_file()
 
 
 def test_stages_go_from_the_converged_network_on(um, folder, capsys):

@@ -287,3 +287,19 @@ def test_an_estimate_of_two_batches(name, tmp_path, checkpoints):
     assert found["floor"] == pytest.approx(np.mean(found["losses"]))
     assert len({*found["losses"], found["whole"]["loss"]}) == 4
     assert found["weights"]["sha256"] == file_sha256(start)
+
+
+def test_learning_rates_are_the_published_ones():
+    recipe = yaml.safe_load((EXPERIMENTS / "unleashing_mask" / "cifar10_densenet_um.yaml").read_text())["model"][
+        "init_args"
+    ]
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], **recipe["optimizer"]["init_args"])
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, **recipe["lr_scheduler"]["init_args"])
+    rates = []
+    for _ in range(100):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    expected = [(1 + np.cos(np.pi * epoch / 100)) / 2 * 0.1 for epoch in range(100)]
+    np.testing.assert_allclose(rates, expected, rtol=0, atol=1e-9)
+    assert (rates[0], round(rates[50], 9), round(rates[99], 7)) == (0.1, 0.05, 2.47e-5)

@@ -79,6 +79,33 @@ def test_network_mode_and_random_numbers_are_left_alone(network):
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 
+def test_no_image_is_no_estimate(network):
+    with pytest.raises(ValueError, match="no image was seen"):
+        estimate_loss(network, [])
+
+
+def test_outliers_are_refused(network):
+    def with_outliers(images, labels, ids):
+        return images, labels.where(ids % 5 > 0, -1), ids
+
+    options = QUIET | {"max_epochs": 1, "limit_val_batches": 0, "enable_checkpointing": False}
+    data = mask_toy.loader(change=with_outliers)
+    with pytest.raises(ValueError, match="the batch holds outliers, an estimate is of ID images"):
+        Trainer(**options).fit(LossEstimate(network), data, data)
+
+
+def test_what_was_counted_is_exact_in_half_precision_and_survives():
+    network = mask_toy.Net()
+    module = LossEstimate(network, masks=1)
+    module.bfloat16()
+    assert module.sums.dtype == torch.float64
+    module.sums += 1 / 3
+    checkpoint, other = {}, LossEstimate(network, masks=1)
+    module.on_save_checkpoint(checkpoint)
+    other.on_load_checkpoint(checkpoint)
+    assert torch.equal(other.sums, module.sums)
+
+
 def test_no_mask_is_no_estimate(network):
     with pytest.raises(ValueError, match="an estimate takes at least one mask, not 0"):
         LossEstimate(network, masks=0)

@@ -69,7 +69,8 @@ def estimated(tmp_path, monkeypatch):
     folder = tmp_path / "unleashing_mask" / "estimate_digits" / "seed0"
     folder.mkdir(parents=True)
     (folder / "run.json").write_text('{"status": "finished"}')
-    (folder / "estimate.json").write_text(json.dumps({"floor": 0.25, "weights": network.origin}))
+    content = {"floor": 0.25, "whole": {"loss": 0.1}, "weights": network.origin}
+    (folder / "estimate.json").write_text(json.dumps(content))
     return network, folder
 
 
@@ -96,12 +97,20 @@ def test_an_estimate_of_other_weights_is_refused(estimated, named):
     network, folder = estimated
     other = network.origin | {"source": "run:classifier/mine", "sha256": "0"} if named else None
     (folder / "estimate.json").write_text(json.dumps({"floor": 0.25, "weights": other}))
-    with pytest.raises(ValueError, match=r"is an estimate of (run:classifier/mine|weights that no file holds)"):
+    with pytest.raises(ValueError, match=r"is an estimate of (run:classifier/mine \(SHA-256 0\)|weights of no file)"):
         resolve_floor("auto", SOURCE, network)
 
 
+def test_a_network_that_is_not_converged_is_told(estimated, caplog):
+    network, folder = estimated
+    content = {"floor": 0.25, "whole": {"loss": 0.5}, "weights": network.origin}
+    (folder / "estimate.json").write_text(json.dumps(content))
+    assert resolve_floor("auto", SOURCE, network) == 0.25
+    assert "floor of 0.25, and without masks the loss is 0.5" in caplog.text
+
+
 def test_an_estimate_for_a_network_without_weights_is_refused(estimated):
-    with pytest.raises(ValueError, match="starts from weights that no file holds: estimate it anew"):
+    with pytest.raises(ValueError, match="starts from weights of no file: estimate it anew"):
         resolve_floor("auto", SOURCE, DigitsNet(num_classes=3))
 
 

@@ -42,9 +42,13 @@ def cosine(epochs):
 # The loss
 
 
-def test_three_losses_are_logged(backbone):
+def test_three_losses_are_logged(backbone, network):
     losses = Losses()
+    images, labels, _ = mask_toy.batches()[0]
+    first = float(functional.cross_entropy(backbone(images), labels).detach())
+    backbone.load_state_dict(network.state_dict())  # the statistics of before that pass
     fit(make(backbone, floor=0.3, beta=2.0), callbacks=[losses])
+    assert losses.steps[0]["scaled"] == pytest.approx(2 * first, rel=1e-5)
     for step in losses.steps:
         assert step["scaled"] == pytest.approx(2 * step["cross_entropy"])
         assert step["loss"] == pytest.approx(abs(step["scaled"] - 0.3) + 0.3)
@@ -111,6 +115,12 @@ def test_a_run_goes_on_with_the_floor_that_it_began_with(backbone, tmp_path):
     data = mask_toy.loader()
     Trainer(**options).fit(module, data, data, ckpt_path=tmp_path / "last.ckpt", weights_only=True)
     assert module.floor == 0.15
+
+
+def test_a_checkpoint_of_another_method_has_no_floor(backbone):
+    module = make(backbone, floor=0.3)
+    module.on_load_checkpoint({})
+    assert module.floor == 0.3
 
 
 # UMAP
@@ -206,6 +216,8 @@ def test_masks_differ_between_seeds(backbone):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"keep": 1.0}, "keep: 1.0 leaves nothing to learn"),
+        ({"beta": float("nan")}, "beta weighs the cross-entropy and must be above 0, not nan"),
         ({"beta": 0.0}, "beta weighs the cross-entropy and must be above 0, not 0.0"),
         ({"freeze_weights": False}, "freeze_weights: false is about the weights of a subnetwork: it takes keep"),
         ({"keep": 0.0}, "keep is the share of the weights that stay"),
