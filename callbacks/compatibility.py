@@ -9,12 +9,18 @@ from lightning_modules.ood_module import OODModule
 
 
 class Compatibility(Callback):
-    """Compares class count, image shape and normalisation of data module and network in words."""
+    """Compares class count, image shape, normalisation and outliers of data module and method in words."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Raise a ``ValueError`` where the two do not fit."""
-        if isinstance(pl_module, OODModule) and isinstance(trainer.datamodule, OODDataModule):  # type: ignore[attr-defined]
-            check_compatibility(trainer.datamodule, pl_module.backbone)  # type: ignore[attr-defined]
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(pl_module, OODModule) and isinstance(data, OODDataModule):
+            check_compatibility(data, pl_module.backbone)
+            if stage == "fit" and pl_module.needs_outliers and data.outlier_feed is None:
+                raise ValueError(
+                    f"{type(pl_module).__name__} is trained with auxiliary outliers, and {type(data).__name__} feeds "
+                    "none: set outlier_feed of the data to paired"
+                )
 
 
 def check_compatibility(data: OODDataModule, backbone: Backbone | Autoencoder) -> None:

@@ -18,7 +18,7 @@ from backbones import weights
 from callbacks.cached_evidence import CachedEvidence, DeviceEvidence, to_columns
 from callbacks.cached_fit import fit_scores
 from callbacks.feature_cache import FeatureCache
-from callbacks.processes import together
+from callbacks.processes import evaluating, together
 from datamodules.augmentation import Augmentation
 from datamodules.batch import Batch
 from datamodules.datamodule import OODDataModule
@@ -70,7 +70,7 @@ class FrozenFeatures(Callback):
         data: OODDataModule = trainer.datamodule  # type: ignore[attr-defined]
         check(module, data, self.on_device)
         images = data.training_rows()
-        with _evaluating(module):
+        with evaluating(module):
             self.cache, probes = together(trainer, lambda: self._identify(trainer, module, data, images))
             with _alone(trainer, self.cache.folder):
                 self._complete(trainer, module, data, images, probes)
@@ -205,16 +205,6 @@ def _spread(length: int) -> Tensor:
     """Choose the rows of images to encode again, spread over all."""
     number = min(length, PROBES)
     return torch.arange(number) * length // number
-
-
-@contextmanager
-def _evaluating(module: OODModule) -> Iterator[None]:
-    training = module.training
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train(training)
 
 
 @contextmanager

@@ -1,9 +1,12 @@
-"""Acting on all processes of a run at once."""
+"""Acting on all processes of a run at once, and looking through a network that trains."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from pytorch_lightning import Trainer
+
+from lightning_modules.ood_module import OODModule
 
 T = TypeVar("T")
 
@@ -21,3 +24,14 @@ def together(trainer: Trainer, act: Callable[[], T]) -> T:
     if not trainer.strategy.reduce_boolean_decision(failure is None):
         raise failure or RuntimeError("another process of this run failed on cached features, and says why")
     return result
+
+
+@contextmanager
+def evaluating(module: OODModule) -> Iterator[None]:
+    """Hold a method in eval mode."""
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training)

@@ -128,6 +128,7 @@ class OODDataModule(LightningDataModule, ABC):
         self.sets, self.repeats = {}, {}
         self._packs = True
         self._served: Dataset[Any] | None = None
+        self._paired: PairedPlan | None = None
 
     @abstractmethod
     def load(self) -> Sets:
@@ -182,6 +183,7 @@ class OODDataModule(LightningDataModule, ABC):
         elif self.outlier_feed == "paired":
             outliers = length - len(known)
             plan = PairedPlan(len(known), outliers, self.batch_size, self.outlier_ratio, self.seed, self.drop_last)
+            self._paired = plan
         else:
             plan = Plan(length, self.batch_size, self.seed, shuffle=True, drop_last=self.drop_last, even=True)
         return self._loader(rows, plan, persistent=True, collate_fn=_mark_for_training)
@@ -235,13 +237,30 @@ class OODDataModule(LightningDataModule, ABC):
         """
         self._served = rows
 
+    def choose_outliers(self, rows: Tensor) -> None:
+        """Train on these outliers alone, from the next epoch on; paired batches only.
+
+        Args:
+            rows: (M,) of the set ``outliers``.
+        """
+        if self._paired is None:
+            raise ValueError(f"outliers are chosen for paired batches: outlier_feed is {self.outlier_feed!r}")
+        self._paired.chosen = rows
+
+    def augment(self, batch: Batch, epoch: int) -> Batch:
+        """Return a batch of training rows, as loaded, as the training of an epoch sees it."""
+        augmented = self.augmentation(batch.images, batch.ids, self.seed, epoch)
+        if self.outlier_feed is not None and self.sets["outliers"].final:
+            augmented = torch.where((batch.labels >= 0).view(-1, 1, 1, 1), augmented, batch.images)
+        return batch._replace(images=augmented)
+
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Turn bytes into float32 in [0, 1]; augment batches for training; normalise if that is done here."""
         if not isinstance(batch, Batch):
             return batch
-        images, labels, ids = batch
         if isinstance(batch, TrainingBatch):
-            images = self._augment(images, labels, ids)
+            batch = self.augment(batch, self.trainer.current_epoch if self.trainer is not None else 0)
+        images, labels, ids = batch
         images = to_float(images)
         if self.mean is not None and self.std is not None:
             mean, std = (torch.tensor(values, device=images.device).view(-1, 1, 1) for values in (self.mean, self.std))
@@ -249,13 +268,6 @@ class OODDataModule(LightningDataModule, ABC):
         batch = Batch(images, labels, ids)
         # Lightning converts to the trainer's precision before the transfer, when the images are still bytes.
         return batch if self.trainer is None else self.trainer.precision_plugin.convert_input(batch)
-
-    def _augment(self, images: Tensor, labels: Tensor, ids: Tensor) -> Tensor:
-        epoch = self.trainer.current_epoch if self.trainer is not None else 0
-        augmented = self.augmentation(images, ids, self.seed, epoch)
-        if self.outlier_feed is None or not self.sets["outliers"].final:
-            return augmented
-        return torch.where((labels >= 0).view(-1, 1, 1, 1), augmented, images)
 
     def _training_images(self) -> ImageSet:
         if "train" not in self.sets:

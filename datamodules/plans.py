@@ -111,6 +111,9 @@ class PairedPlan(BatchPlan):
 
     An epoch is one pass over the ID rows. Outliers are drawn without replacement, and reshuffled when used up.
 
+    Attributes:
+        chosen: (M,) which of the outliers are drawn, counted from 0: all, unless somebody chooses before an epoch.
+
     Args:
         length: ID rows, which come first in the set.
         outliers: outlier rows, which follow.
@@ -139,7 +142,8 @@ class PairedPlan(BatchPlan):
                 f"paired batches need outliers: the set has {outliers}, and {batch_size} ID rows at a ratio of {ratio} "
                 f"call for {self.sizes[1]} in each batch"
             )
-        self.length, self.outliers, self.ratio, self.seed, self.drop_last = length, outliers, ratio, seed, drop_last
+        self.length, self.ratio, self.seed, self.drop_last = length, ratio, seed, drop_last
+        self.chosen = torch.arange(outliers)
 
     def __len__(self) -> int:
         return self.length // self.sizes[0] if self.drop_last else -(-self.length // self.sizes[0])
@@ -148,9 +152,9 @@ class PairedPlan(BatchPlan):
         """Lay out the epoch in two parts."""
         known = permutation(self.length, self.seed, self.epoch, 0).split(self.sizes[0])[: len(self)]
         counts = [round(len(rows) * self.ratio) for rows in known]
-        rounds = range(1, 1 + -(-sum(counts) // self.outliers))
-        outliers = torch.cat([permutation(self.outliers, self.seed, self.epoch, stream) for stream in rounds])
-        return [known, (self.length + outliers[: sum(counts)]).split(counts)]
+        rounds = range(1, 1 + -(-sum(counts) // len(self.chosen)))
+        places = torch.cat([permutation(len(self.chosen), self.seed, self.epoch, stream) for stream in rounds])
+        return [known, (self.length + self.chosen[places[: sum(counts)]]).split(counts)]
 
 
 @dataclass(frozen=True)

@@ -40,3 +40,11 @@ def gather_rows(rows: Tensor) -> Tensor:
 def mean_over_processes(tensor: Tensor) -> Tensor:
     """Average a tensor of the same shape over processes, as averaged gradients are."""
     return sum_over_processes(tensor) / world_size()
+
+
+def first_process(tensor: Tensor) -> Tensor:
+    """Return the first process's values, in place of those of a tensor of the same shape on every process."""
+    if world_size() > 1:
+        tensor = tensor.contiguous().clone()
+        dist.broadcast(tensor, 0)
+    return tensor

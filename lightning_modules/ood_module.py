@@ -41,6 +41,8 @@ class OODModule(LightningModule, ABC):
         frozen: names of submodules that stay in eval mode, take no gradient and are no business of the optimiser.
         epochs_without_schedule: at the start of training; ``lr_scheduler`` is made for the others.
         extra_forwards: passes of an image through a network in a test, beside the one, as the evaluation reports.
+        needs_outliers: whether training batches must hold auxiliary outliers; the data module then has an
+            ``outlier_feed``.
         num_classes: K, the width of the logits; 0 for a method without classes, which validates in its own way.
 
     Args:
@@ -55,6 +57,7 @@ class OODModule(LightningModule, ABC):
     frozen: tuple[str, ...] = ()
     epochs_without_schedule: int = 0
     extra_forwards: int = 0
+    needs_outliers: ClassVar[bool] = False
     backbone: Backbone  # or an Autoencoder, where num_classes is 0: a union would burden every other method
 
     def __init__(
