@@ -58,7 +58,7 @@ class BoundaryRegression:
 
 
 class ThompsonSampling:
-    """Targets of the regression, and draws from its prior and posterior; what is random depends on a seed and an epoch alone.
+    """Targets of the regression, and draws from its prior and posterior; random by a seed and an epoch alone.
 
     Args:
         confidence: the target of outliers, and minus that of ID images, before both are shifted by one draw of the

@@ -145,6 +145,42 @@ def test_outlier_feeds():
             assert torch.equal(image, source[row % 100])
 
 
+def outliers_of(loader):
+    return {int(row) - 100 for batch in loader for row in batch.ids[batch.labels < 0]}
+
+
+def test_outliers_are_chosen_from_the_next_epoch_on():
+    data = toy(outlier_feed="paired", drop_last=False)
+    loader = data.train_dataloader()
+    assert outliers_of(loader) == set(range(40))
+    for rows in ([3, 7, 30], list(range(1, 40, 2))):
+        data.choose_outliers(torch.tensor(rows))
+        (first, *_), everything = loader, outliers_of(loader)
+        assert everything == set(rows)
+        assert (first.labels < 0).sum() == 16  # however few are chosen
+
+
+@pytest.mark.parametrize("feed", [None, "mixed"])
+def test_outliers_are_chosen_for_paired_batches_only(feed):
+    data = toy(outlier_feed=feed)
+    data.train_dataloader()
+    with pytest.raises(ValueError, match=f"outliers are chosen for paired batches: outlier_feed is {feed!r}"):
+        data.choose_outliers(torch.tensor([0]))
+
+
+@pytest.mark.parametrize("final", [False, True])
+def test_a_batch_looks_as_training_sees_it_in_an_epoch(final):
+    data = toy(outlier_feed="paired", augmentation=Augmentation(crop_padding=2, flip=True), seed=9)
+    data.sets["outliers"].final = final
+    rows = torch.tensor([5, 60, 100, 139])
+    batch = data.training_rows()[rows]
+    expected = random_flip(random_crop(batch.images, 2, rows, 9, 7), rows, 9, 7)
+    seen = data.augment(batch, 7)
+    assert torch.equal(seen.images[:2], expected[:2])
+    assert torch.equal(seen.images[2:], batch.images[2:] if final else expected[2:])
+    assert not torch.equal(data.augment(batch, 8).images[:2], expected[:2])
+
+
 def test_images_are_augmented_for_training_only():
     data = toy(
         augmentation=Augmentation(crop_padding=2, flip=True),

@@ -101,6 +101,21 @@ def test_paired_plan(monkeypatch, outliers):
     assert share(monkeypatch, plan, 0, 1)[0].tolist() != whole[0].tolist()
 
 
+@pytest.mark.parametrize("chosen", [[4], [1, 3, 4, 9], list(range(20, 50))])
+def test_a_paired_plan_draws_from_the_chosen_outliers(monkeypatch, chosen):
+    plan = PairedPlan(100, 50, batch_size=12, ratio=1.5, seed=1)
+    plan.chosen = torch.tensor(chosen)
+    whole = share(monkeypatch, plan, 0, 1)
+    others = torch.cat([rows[12:] for rows in whole])
+    assert set((others - 100).tolist()) == set(chosen)
+    assert [len(rows) for rows in whole] == [30] * 8
+    for start in range(0, len(others), len(chosen)):  # without replacement until used up
+        drawn = others[start : start + len(chosen)]
+        assert len(drawn.unique()) == len(drawn)
+    for batch, total in zip(share(monkeypatch, plan, 1, 2), whole, strict=True):
+        assert batch.tolist() == total[:12][1::2].tolist() + total[12:][1::2].tolist()
+
+
 def test_paired_plan_without_outliers_is_an_error():
     with pytest.raises(ValueError, match="the set has 0"):
         PairedPlan(100, 0, 10)
