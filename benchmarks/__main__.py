@@ -20,6 +20,7 @@ NAMES = (
     "class_density",
     "triplets",
     "subnetwork",
+    "outliers",
 )
 
 

@@ -126,7 +126,8 @@ class DOE(OODModule):
 
     def perturb(self, images: Images, labels: Tensor) -> None:
         """Renew the running perturbation from a batch: that of the whole one, over all processes."""
-        weights = {name: weight for name, weight in self.backbone.named_parameters() if weight.ndim >= 2}
+        named = self.backbone.named_parameters()
+        weights = {name: weight for name, weight in named if weight.ndim >= 2 and weight.requires_grad}
         buffers = {name: buffer.clone() for name, buffer in self.backbone.named_buffers()}
         with without_dropout(self.backbone):
             slope = scale_slope(widen(functional_call(self.backbone, buffers, (images,))), labels)

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from outlier_toy import KNOWN, STEPS, Dropping, Net, batches, make, train, weights
+from pytorch_lightning.cli import ReduceLROnPlateau
 from torch import nn
 from torch.nn import functional
 from torch.nn.utils import clip_grad_norm_
@@ -159,6 +160,11 @@ def test_schedules_step_once_an_epoch_or_once_an_iteration():
     kind = torch.optim.lr_scheduler.StepLR
     assert scheduled(kind, "epoch", step_size=1, gamma=0.5) == pytest.approx(0.1 * 0.5**2)
     assert scheduled(kind, "step", step_size=1, gamma=0.5) == pytest.approx(0.1 * 0.5 ** (2 * STEPS))
+
+
+def test_a_schedule_that_waits_for_a_plateau_steps_once_an_epoch():
+    never = {"monitor": "train/loss", "patience": 0, "threshold": 1e9, "threshold_mode": "abs", "factor": 0.5}
+    assert scheduled(ReduceLROnPlateau, "epoch", epochs=3, **never) == pytest.approx(0.1 * 0.5**2)
 
 
 @pytest.mark.parametrize(("interval", "length"), [("epoch", 2), ("step", 2 * STEPS)])
