@@ -130,14 +130,11 @@ def test_two_processes_train_and_are_tested_as_one(tmp_path, form):
 
 REFUSED = {
     "no outliers": ("oe", ["--data.outlier_feed", "null"], "OutlierExposure is trained with auxiliary outliers, and "),
-    "no outliers for doe": ("doe", ["--data.outlier_feed", "null"], "DOE is trained with auxiliary outliers, and "),
     "a pool shuffled among ID images": (
         "poem",
         ["--data.outlier_feed", "mixed"],
         "set outlier_feed of the data to paired, it is 'mixed'",
     ),
-    "a pool that is too small": ("poem", ["--data.val_split", "0.1", "--trainer.callbacks.count", "443"], "the pool"),
-    "a floor below 0": ("oe", ["--model.floor", "-0.1"], "a floor is a loss of at least 0"),
     "an estimate of nothing": ("doe", ["--model.floor", "auto"], "floor: auto is read from a run: say which"),
     "a floor and an estimate": (
         "energy",
@@ -145,7 +142,6 @@ REFUSED = {
         "takes no estimate",
     ),
     "smoothed labels": ("oe", ["--model.label_smoothing", "0.1"], "label_smoothing"),
-    "half precision": ("doe", ["--trainer.precision", "bf16-true"], "choose 32-true, not bf16-true"),
     "a classifier that is not trained": (
         "oe",
         ["--model.backbone", json.dumps(DIGITS_NET)],

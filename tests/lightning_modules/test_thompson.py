@@ -54,17 +54,17 @@ def test_sums_are_kept_in_float64():
 def test_draws_have_the_mean_and_the_scaled_covariance_of_the_posterior(scale, expected):
     features, targets = drawn(12)
     sums, sampling = regression((features, targets, 1)), ThompsonSampling(covariance_scale=scale)
-    draws = torch.stack([sampling.draw(sums, WIDTH, 0, epoch) for epoch in range(1, 4001)]).double().numpy()
+    draws = torch.stack([sampling.draw(sums, WIDTH, 0, epoch) for epoch in range(1, 1501)]).double().numpy()
     mean, covariance = textbook(features, targets)
     deviations = np.sqrt(expected * covariance.diagonal())
-    np.testing.assert_allclose(draws.mean(0), mean, atol=0.08 * deviations.max() + 1e-6)
-    np.testing.assert_allclose(np.cov(draws.T), expected * covariance, atol=0.08 * np.square(deviations).max() + 1e-12)
+    np.testing.assert_allclose(draws.mean(0), mean, atol=0.12 * deviations.max() + 1e-6)
+    np.testing.assert_allclose(np.cov(draws.T), expected * covariance, atol=0.12 * np.square(deviations).max() + 1e-12)
 
 
 def test_before_anything_is_known_the_prior_is_drawn_from():
-    draws = torch.stack([ThompsonSampling().draw(None, WIDTH, seed, 0) for seed in range(3000)])
+    draws = torch.stack([ThompsonSampling().draw(None, WIDTH, seed, 0) for seed in range(1500)])
     assert draws.dtype == torch.float32
-    np.testing.assert_allclose(np.cov(draws.numpy().T), PRIOR * np.eye(WIDTH), atol=2.5)
+    np.testing.assert_allclose(np.cov(draws.numpy().T), PRIOR * np.eye(WIDTH), atol=3.5)
 
 
 def test_a_draw_is_of_its_seed_and_epoch():
@@ -77,13 +77,13 @@ def test_a_draw_is_of_its_seed_and_epoch():
 def test_targets_are_opposite_but_for_one_shift():
     outliers = torch.tensor([True, False, True])
     shifts = []
-    for seed in range(2000):
+    for seed in range(1000):
         high, low, again = ThompsonSampling().targets(outliers, seed).tolist()
         assert high == again
         assert high - low == pytest.approx(7.8)
         shifts.append((high + low) / 2)
-    assert np.mean(shifts) == pytest.approx(0, abs=0.05)
-    assert np.var(shifts) == pytest.approx(NOISE, rel=0.1)
+    assert np.mean(shifts) == pytest.approx(0, abs=0.08)
+    assert np.var(shifts) == pytest.approx(NOISE, rel=0.15)
 
 
 @pytest.mark.parametrize("count", [1, 10, 50])
