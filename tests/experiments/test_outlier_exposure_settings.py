@@ -21,6 +21,15 @@ EXPERIMENTS = Path(__file__).resolve().parent.parent.parent / "experiments"
 FORMS = ("oe", "energy", "poem", "doe")
 MARGINS = "lightning_modules.losses.outlier_exposure.EnergyMargins"
 SELECTION = {"class_path": "callbacks.outlier_selection.OutlierSelection"}
+SCORES = {
+    "msp": "lightning_modules.scores.logits.MSP",
+    "energy": "lightning_modules.scores.logits.Energy",
+    "odin": "lightning_modules.scores.odin.ODIN",
+    "mahalanobis": {
+        "class_path": "lightning_modules.scores.layered_mahalanobis.LayeredMahalanobis",
+        "init_args": {"taps": ["stem", "layer1", "layer2", "penultimate"]},
+    },
+}
 OWN = {  # what a form adds to the options of the model
     "oe": {},
     "energy": {"outlier_loss": MARGINS},
@@ -90,11 +99,11 @@ def test_a_setting_is_the_published_one(version, form):
             "outlier_feed": "paired",
             "batch_size": 256,
             "drop_last": False,
-            "val_split": 0.0,
+            "val_split": 0.02,
         },
     }
     assert recipe["trainer"] == {"max_epochs": 10} | ({"callbacks+": [SELECTION]} if form == "poem" else {})
-    assert recipe["evaluation"] == {"rules": "unleashing_mask"}
+    assert recipe["evaluation"] == {"rules": "unleashing_mask", "scores": SCORES}
 
 
 def test_the_rate_of_the_last_epoch():
