@@ -5,8 +5,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from pytorch_lightning import Trainer
-
-from lightning_modules.ood_module import OODModule
+from torch import nn
 
 T = TypeVar("T")
 
@@ -27,8 +26,8 @@ def together(trainer: Trainer, act: Callable[[], T]) -> T:
 
 
 @contextmanager
-def evaluating(module: OODModule) -> Iterator[None]:
-    """Hold a method in eval mode."""
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Hold a method or a network in eval mode."""
     training = module.training
     module.eval()
     try:
