@@ -28,7 +28,7 @@ class OutlierSelection(Callback):
     seed. An epoch that a run resumes in goes on with the outliers it began with.
 
     Args:
-        count: M, how many outliers an epoch has; as many as there are ID training images where not given.
+        count: M, how many outliers an epoch has; as many as it feeds where not given.
         sampling: of the boundary.
         remembered: how many epochs.
     """
@@ -49,7 +49,7 @@ class OutlierSelection(Callback):
                 f"{data.outlier_feed!r}"
             )
         if self.count is None:
-            self.count = data.sizes["train"]
+            self.count = round(data.sizes["train"] * data.outlier_ratio)
         if self.count > data.sizes["outliers"]:
             raise ValueError(
                 f"{self.count} outliers are to be chosen, and the pool has {data.sizes['outliers']}: take a larger "

@@ -245,6 +245,8 @@ class OODDataModule(LightningDataModule, ABC):
         """
         if self._paired is None:
             raise ValueError(f"outliers are chosen for paired batches: outlier_feed is {self.outlier_feed!r}")
+        if not len(rows):
+            raise ValueError("at least one outlier must be chosen, got none")
         self._paired.chosen = rows
 
     def augment(self, batch: Batch, epoch: int) -> Batch:

@@ -41,7 +41,7 @@ class DOE(OODModule):
     the loss C + V at the weights as they are. Every step's gradient is clipped to a length of 1.
 
     Statistics of batch-norm see each image twice an iteration, at both weights; the pass behind R changes none, and has
-    no dropout. ``global_step`` counts steps of the optimiser: ``--save_every_n_steps`` is about these.
+    no dropout. ``global_step`` counts iterations.
 
     Args:
         backbone: the network, usually trained, with its ``weights``.
@@ -86,7 +86,8 @@ class DOE(OODModule):
 
     def setup(self, stage: str) -> None:
         """Refuse precisions in which a small perturbation vanishes, or a gradient is scaled when it is clipped."""
-        if (precision := self.trainer.precision) in ("bf16-true", "16-true", "16-mixed"):
+        precision = self.trainer.precision
+        if stage == "fit" and precision in ("bf16-true", "16-true", "16-mixed"):
             raise ValueError(f"DOE moves weights by little and clips gradients: choose 32-true, not {precision}")
 
     def forward(self, images: Images) -> Evidence:
@@ -106,7 +107,7 @@ class DOE(OODModule):
             strength = self.strengths[int(drawn)]
             self.move(strength)
             outlier_loss = self.outlier_loss(widen(self.backbone(images)), labels)
-            self.step(outlier_loss)
+            self.step(outlier_loss, counts=False)
             self.move(-strength)
             loss = self.floored(widen(self.backbone(images)), labels)
             self.step(loss)
@@ -148,13 +149,13 @@ class DOE(OODModule):
         for name, change in self.perturbation.items():
             self.backbone.get_parameter(name).add_(change, alpha=strength)
 
-    def step(self, loss: Tensor) -> None:
-        """Let the optimiser make a step by a loss."""
+    def step(self, loss: Tensor, counts: bool = True) -> None:
+        """Let the optimiser make a step by a loss; Lightning counts one an iteration, by which it saves and logs."""
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
         self.manual_backward(loss)
         self.clip_gradients(optimizer, CLIP, "norm")
-        optimizer.step()
+        (optimizer if counts else optimizer.optimizer).step()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Leave out when a schedule steps, which Lightning says it ignores where a method makes its own steps."""
