@@ -5,6 +5,7 @@ import struct
 from pathlib import Path
 
 import pytest
+import wandb
 
 from experiments.__main__ import main
 
@@ -42,9 +43,17 @@ def content(path):
     return summary, config
 
 
+@pytest.fixture
+def forgetful_wandb():
+    """Once used, wandb keeps to the mode of before, whatever the environment says."""
+    wandb.teardown()
+    yield
+    wandb.teardown()
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_the_offline_run_holds_the_numbers_of_the_record(checkpoints, monkeypatch):
+def test_the_offline_run_holds_the_numbers_of_the_record(checkpoints, monkeypatch, forgetful_wandb):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     arguments = ["--trainer.max_epochs", "2", "--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu"]
