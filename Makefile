@@ -64,7 +64,7 @@ data-%: .venv/installed
 	@$(RUN) data get $* $(ARGS)
 
 test: .venv/installed ## run the tests, on two cores
-	.venv/bin/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+	.venv/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-slow: .venv/installed ## run the tests that take longer
 	.venv/bin/python -m pytest -m slow $(ARGS)
