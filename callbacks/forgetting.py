@@ -96,14 +96,15 @@ def measure(trainer: Trainer, network: nn.Module) -> Margins:
     """Run a network, or a method, in eval mode over the ID training images; gather the processes, in order."""
     data: OODDataModule = trainer.datamodule  # type: ignore[attr-defined]
     columns: list[tuple[Tensor, ...]] = []
-    for batch in data.fit_dataloader():
-        images, labels, ids = trainer.strategy.batch_to_device(batch)
-        with evaluating(network), trainer.precision_plugin.forward_context():
-            observed = network(images)
-        logits = (observed.logits if isinstance(observed, Evidence) else observed).float()
-        own = logits.gather(1, labels[:, None])
-        others = logits.scatter(1, labels[:, None], -torch.inf).amax(1, keepdim=True)
-        columns.append((ids, labels, logits.argmax(1), (own - others).squeeze(1)))
+    with evaluating(network):
+        for batch in data.fit_dataloader():
+            images, labels, ids = trainer.strategy.batch_to_device(batch)
+            with trainer.precision_plugin.forward_context():
+                observed = network(images)
+            logits = (observed.logits if isinstance(observed, Evidence) else observed).float()
+            own = logits.gather(1, labels[:, None])
+            others = logits.scatter(1, labels[:, None], -torch.inf).amax(1, keepdim=True)
+            columns.append((ids, labels, logits.argmax(1), (own - others).squeeze(1)))
     ids, *measured = (gather_rows(torch.cat(column)) for column in zip(*columns, strict=True))
     return Margins(*(column[ids.argsort()].cpu().numpy() for column in measured))
 
