@@ -83,10 +83,12 @@ class Backbone(nn.Module, ABC):
         Args:
             images: (B, C, H, W), normalised unless the network does it itself.
             taps: what to return beside the last map: ``penultimate`` (what the head reads), ``std`` (unbiased, over
-                positions) and ``max`` of the last map, ``stem`` or a stage (mean over positions).
+                positions) and ``max`` of the last map, ``stem`` or a stage (mean over positions), or a stage's map as
+                it is (``layer2.map``).
 
         Returns:
-            The last map, (B, D, h, w), or (B, D) where the network has no map; and {tap: (B, D_tap)}.
+            The last map, (B, D, h, w), or (B, D) where the network has no map; and {tap: (B, D_tap)}, of a map
+            (B, D_tap, h, w).
 
         Raises:
             ValueError: images of another shape than ``input_shape``, an unknown tap, a spatial statistic of a
@@ -97,7 +99,7 @@ class Backbone(nn.Module, ABC):
                 f"{type(self).__name__} reads images of shape {self.input_shape} (C, H, W), "
                 f"these are {tuple(images.shape[1:])}"
             )
-        if unknown := sorted(set(taps) - set(self.taps)):
+        if unknown := sorted(set(taps) - {*self.taps, *(f"{stage}.map" for stage in self.stages)}):
             raise ValueError(f"{type(self).__name__} has no tap {', '.join(unknown)}; its taps: {', '.join(self.taps)}")
         if self.mean is not None and self.std is not None:
             images = (images - self.mean) / self.std
@@ -107,6 +109,8 @@ class Backbone(nn.Module, ABC):
             maps = self.get_submodule(stage)(maps)
             if stage in taps:
                 features[stage] = pool(maps)
+            if f"{stage}.map" in taps:
+                features[f"{stage}.map"] = maps
         maps = self.finish(maps)
         if "penultimate" in taps:
             features["penultimate"] = self.forward_head(maps, pre_logits=True)

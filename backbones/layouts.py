@@ -116,12 +116,21 @@ def residual_energy(state: State) -> State:
 def heatmap_decoder(checkpoint: Mapping[Any, Any]) -> State:
     """Take the decoder of the last epoch out of a heatmap checkpoint, {epoch: {"generator": state dict}, ...}.
 
-    The ``min`` and ``max`` beside it, meant to scale the features, did so for one row of each training batch.
+    The ``min`` and ``max`` beside it, meant to scale the features, did so for one row of each training batch. Modules
+    get the names of ``backbones.heatmap_decoder``.
     """
     if DECODER_EPOCH not in checkpoint:
         epochs = [key for key in checkpoint if isinstance(key, int)]
         raise ValueError(f"a heatmap checkpoint holds its decoder under {DECODER_EPOCH}; this one has epochs {epochs}")
-    return dict(checkpoint[DECODER_EPOCH]["generator"])
+    state = checkpoint[DECODER_EPOCH]["generator"]
+    blocks = len({name.partition(".")[0] for name in state if name.startswith("conv_block")})
+    ours = {"fc1": "linear"} | {f"conv_block{i}": f"blocks.{i - 1}" for i in range(1, blocks)}
+    ours[f"conv_block{blocks}.0"] = "last"
+    renamed = {}
+    for name, value in state.items():
+        module = next((theirs for theirs in ours if name.startswith(f"{theirs}.")), "")
+        renamed[ours.get(module, "") + name.removeprefix(module)] = value
+    return renamed
 
 
 def _part(state: State, keep: tuple[str, ...], drop: tuple[str, ...]) -> State:

@@ -194,6 +194,8 @@ def read_state_dict(path: Path, whole: bool = False) -> dict[str, Tensor]:
 def unwrap(checkpoint: Any, path: Path, whole: bool = False) -> dict[str, Tensor]:
     """Take the state dict of a network out of what ``path`` holds; ``whole``: that of the method around it."""
     state = checkpoint
+    if isinstance(checkpoint, dict) and {"min", "max"} <= checkpoint.keys():
+        return layouts.heatmap_decoder(checkpoint)
     if isinstance(checkpoint, dict):
         state = next((checkpoint[key] for key in CONTAINERS if key in checkpoint), checkpoint)
         if all(isinstance(checkpoint.get(part), dict) for part in PARTS):

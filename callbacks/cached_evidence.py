@@ -55,8 +55,12 @@ class CachedEvidence(Dataset[EvidenceBatch]):
 
     def columns(self, rows: Tensor) -> dict[str, Tensor]:
         """Return rows of each array."""
+        return {name: self.column(name, rows) for name in self._mapped}
+
+    def column(self, name: str, rows: Tensor) -> Tensor:
+        """Return rows of one array."""
         # `take` copies row by row; indexing goes element by element, in torch many times slower
-        return {name: torch.from_numpy(array.take(rows.numpy(), 0)).float() for name, array in self._mapped.items()}
+        return torch.from_numpy(self._mapped[name].take(rows.numpy(), 0)).float()
 
     @cached_property
     def _mapped(self) -> dict[str, np.ndarray]:

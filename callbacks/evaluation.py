@@ -39,7 +39,7 @@ from datamodules.datamodule import OODDataModule
 from lightning_modules.distributed import sum_over_processes
 from lightning_modules.evidence import Evidence
 from lightning_modules.ood_module import OODModule
-from lightning_modules.scores.score import InputScore, Score
+from lightning_modules.scores.score import Fitted, InputScore, Score
 
 
 class WithoutLogits(Evidence):
@@ -97,7 +97,7 @@ class OODEvaluation(Callback):
         self.rules_name, self.rules = rules, metric_rules(rules)
         self.run_folder = None if folder is None else Path(folder)
         self.folder = None if folder is None else Path(folder, subfolder)
-        self.fitting = dict(scores)  # with the scores that are parts of the method, as model.<name>
+        self.fitting: dict[str, Fitted] = dict(scores)  # with the parts of the method that are fitted, as model.<name>
         self.keys: dict[str, str] = {}  # score -> what it is fitted on, where that can be kept
         self.restored: list[str] = []
         self.configuration: dict[str, Any] = {}  # what the command line was asked for; goes into the record
@@ -119,8 +119,8 @@ class OODEvaluation(Callback):
             module.taps |= score.taps
         if self.embedding is not None:
             module.taps.add(self.embedding.tap)
-        own = {f"model.{name}": part for name, part in module.named_children() if isinstance(part, Score)}
-        self.fitting = own | self.scores
+        own = {f"model.{name}": part for name, part in module.named_children() if isinstance(part, Fitted)}
+        self.fitting = {**own, **self.scores}
         data.before_test = partial(self._ask_for_passes, trainer, module, data)
         if self._uncalibrated() and "calibration" not in data.sets:
             raise ValueError(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from callbacks.provenance import package_versions
-from lightning_modules.scores.score import Score
+from lightning_modules.scores.score import Fitted
 
 INSTALLED = tuple(Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib", "purelib", "platlib"))
 log = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ def fitting_key(*dependencies: Any) -> str:
     return hashlib.sha256(json.dumps(dependencies, sort_keys=True).encode()).hexdigest()
 
 
-def keep_fitted(path: Path, score: Score, key: str) -> None:
+def keep_fitted(path: Path, score: Fitted, key: str) -> None:
     """Write a score, whole or not at all; what was there is replaced. Where that fails, there is a warning."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from backbones import weights
 from callbacks.cached_evidence import CachedEvidence, DeviceEvidence, to_columns
-from callbacks.cached_fit import fit_scores
+from callbacks.cached_fit import fit_parts
 from callbacks.feature_cache import FeatureCache
 from callbacks.processes import evaluating, together
 from datamodules.augmentation import Augmentation
@@ -43,6 +43,7 @@ class FrozenFeatures(Callback):
 
     Attributes:
         cache: known from the start of training on.
+        rows: what is served, evidence by the rows of the training images; known from then on, too.
 
     Args:
         dtype: in which the cache holds numbers; ``float16`` takes half the space and keeps 3 digits, up to 65504.
@@ -51,6 +52,7 @@ class FrozenFeatures(Callback):
     """
 
     cache: FeatureCache
+    rows: CachedEvidence | DeviceEvidence
 
     def __init__(
         self,
@@ -75,8 +77,9 @@ class FrozenFeatures(Callback):
             with _alone(trainer, self.cache.folder):
                 self._complete(trainer, module, data, images, probes)
         rows = CachedEvidence(self.cache, images.labels)
-        fit_scores(trainer, module, rows, data.fit_rows)
-        data.serve(together(trainer, lambda: DeviceEvidence(rows, trainer)) if self.on_device else rows)
+        fit_parts(trainer, module, rows, data.fit_rows)
+        self.rows = together(trainer, lambda: DeviceEvidence(rows, trainer)) if self.on_device else rows
+        data.serve(self.rows)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let the data module serve images again: another network may come."""

@@ -24,6 +24,7 @@ def identify(trainer: Trainer, module: OODModule, data: OODDataModule, run_folde
             "feed": data.outlier_feed,
             "size": data.sizes["outliers"],
             "fingerprint": data.fingerprints["outliers"],
+            "removed": data.removed,
             "duplicates": None if run_folder is None else read_run(run_folder).get("duplicates"),
         }
     names = run_folder.parts[-3:] if run_folder is not None else ("", "", "")

@@ -63,7 +63,8 @@ class RunRecord(Callback):
             (self.folder / "config.yaml").write_text(self.config, encoding="utf-8")
             self._status = {"starts": [*record.get("starts", []), _now()], "data": trained_on}
             if data.outlier_feed is not None:
-                self._status["duplicates"] = record["duplicates"] if "duplicates" in record else find_duplicates(data)
+                self._status["removed"] = data.removed
+                self._status["duplicates"] = record["duplicates"] if "duplicates" in record else report_duplicates(data)
             self._write(status="running", git_revision=git_revision(), packages=package_versions())
 
     @rank_zero_only
@@ -146,7 +147,7 @@ def describe_training(data: OODDataModule) -> dict[str, Any]:
     }
 
 
-def find_duplicates(data: OODDataModule) -> dict[str, int]:
+def report_duplicates(data: OODDataModule) -> dict[str, int]:
     """Count the outliers that are also ID or OOD images, pixel for pixel, and warn of them."""
     log.info("looking for outliers among the other images")
     others = {name: images for name, images in data.sets.items() if name not in ("outliers", "fit")}

@@ -96,6 +96,8 @@ def print_results(runs: Sequence[Mapping[str, Any]]) -> None:
             outliers = "{size} images of {source}, {feed}".format_map(run["outliers"])
             for name, count in (run["outliers"]["duplicates"] or {}).items():
                 outliers += f" ({count} of them also in {name})"
+            for name, count in run["outliers"].get("removed", {}).items():
+                outliers += f" ({count} left out, which are also in {name})"
         accuracy = "no classes" if run["id_accuracy"] is None else f"ID accuracy {100 * run['id_accuracy']:.2f}%"
         if run.get("logit_accuracy") != run["id_accuracy"] and "logit_accuracy" in run:
             accuracy += f" ({100 * run['logit_accuracy']:.2f}% by the logits that the scores read)"

@@ -6,7 +6,7 @@ from typing import Any, Literal, cast
 
 import torch
 from pytorch_lightning import LightningDataModule
-from pytorch_lightning.utilities import rank_zero_warn
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -14,6 +14,7 @@ from datamodules.augmentation import Augmentation
 from datamodules.batch import Batch, TrainingBatch
 from datamodules.images import ImageSet, Rows, WithOutliers, data_root, to_float
 from datamodules.loader import Loader
+from datamodules.outliers import draw_outliers
 from datamodules.packed import pack
 from datamodules.plans import Balanced, BatchPlan, GivenPlan, PairedPlan, Plan
 from datamodules.sets import Group, Sets
@@ -35,6 +36,9 @@ class OODDataModule(LightningDataModule, ABC):
             ``id``, ``outliers``, or an OOD set) the images, their number, and the SHA-256 of what they are.
         repeats: known after ``setup``: OOD set -> for each repeat of ``ood_subset``, the ids of its images.
         fit_rows: known after ``setup``: which of the ID training images, as they are trained on, scores are fitted on.
+        removed: known after ``setup``: set of ID images -> how many outliers were left out for being among these, pixel
+            for pixel; images that are decoded each time they are
+            served are not compared.
         normalizes: whether images are normalised here rather than by the network.
         fit_passes: how often ``test_dataloader`` presents the training images first; the evaluation says so.
         before_test: what ``test_dataloader`` calls first; by then, the network has its weights.
@@ -63,6 +67,8 @@ class OODDataModule(LightningDataModule, ABC):
         outlier_feed: how outliers come into training: ``paired`` puts a fixed number into each batch, ``mixed``
             shuffles them among the ID images; ``None``: not at all.
         outlier_ratio: outliers for each ID row of a paired batch.
+        num_outliers: train on so many of the outliers that the data has, drawn by ``split_seed``; all where not given.
+            0 is the same as no ``outlier_feed``.
         balanced: train on batches of equally many images of each of some classes, without outliers; each device draws
             the classes of its share itself.
         fit_limit: fit scores on at most so many ID training images, drawn by ``split_seed``.
@@ -100,12 +106,18 @@ class OODDataModule(LightningDataModule, ABC):
         ood_subset: OODSubset | None = None,
         outlier_feed: Literal["paired", "mixed"] | None = None,
         outlier_ratio: float = 1.0,
+        num_outliers: int | None = None,
         balanced: Balanced | None = None,
         fit_limit: int | None = None,
     ) -> None:
         super().__init__()
         at_least_1 = {"batch_size": batch_size, "eval_batch_size": eval_batch_size, "fit_limit": fit_limit}
-        at_least_0 = {"num_workers": num_workers, "seed": seed, "split_seed": split_seed}
+        at_least_0 = {
+            "num_workers": num_workers,
+            "seed": seed,
+            "split_seed": split_seed,
+            "num_outliers": num_outliers,
+        }
         for least, values in ((1, at_least_1), (0, at_least_0)):
             for name, value in values.items():
                 if value is not None and value < least:
@@ -116,6 +128,10 @@ class OODDataModule(LightningDataModule, ABC):
             raise ValueError(f"mean and std belong together, give both or neither: mean={mean}, std={std}")
         if mean is not None and std is not None and not (max(mean) <= 1 and 0 < min(std) <= max(std) <= 1):
             raise ValueError(f"mean and std are for images in [0, 1], std above 0; got mean={mean}, std={std}")
+        if num_outliers and outlier_feed is None:
+            raise ValueError(f"num_outliers={num_outliers}, but not how they come into training: set outlier_feed")
+        if num_outliers == 0:
+            outlier_feed = None
         if balanced is not None and outlier_feed is not None:
             raise ValueError(f"balanced batches have no place for outliers: leave out outlier_feed={outlier_feed!r}")
         self.batch_size, self.drop_last, self.eval_batch_size = batch_size, drop_last, eval_batch_size or batch_size
@@ -124,6 +140,7 @@ class OODDataModule(LightningDataModule, ABC):
         self.mean, self.std, self.augmentation = mean, std, augmentation or Augmentation()
         self.known, self.subset, self.ood_subset = known, subset or Subset(), ood_subset or OODSubset()
         self.outlier_feed, self.outlier_ratio, self.fit_limit = outlier_feed, outlier_ratio, fit_limit
+        self.num_outliers, self.removed = num_outliers, dict[str, int]()
         self.balanced, self.normalizes, self.root = balanced, mean is not None, data_root()
         self.sets, self.repeats = {}, {}
         self._packs = True
@@ -157,7 +174,7 @@ class OODDataModule(LightningDataModule, ABC):
             chosen = Rows(ood.images, rows) if len(rows) < len(ood.images) else ood.images
             splits[name] = self._pack(chosen).as_outliers()
         if sets.outliers is not None:
-            splits["outliers"] = self._pack(sets.outliers).as_outliers()
+            splits["outliers"] = self._pack(self._draw_outliers(sets.outliers, splits)).as_outliers()
         if self.val_ood is not None and (self.val_ood not in self.groups or "calibration" not in splits):
             raise ValueError(
                 f"val_ood={self.val_ood!r} joins held-out ID images: it takes a val_split, which is {self.val_split}, "
@@ -257,8 +274,13 @@ class OODDataModule(LightningDataModule, ABC):
         return batch._replace(images=augmented)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Turn bytes into float32 in [0, 1]; augment batches for training; normalise if that is done here."""
+        """Turn bytes into float32 in [0, 1]; augment batches for training; normalise if that is done here.
+
+        So with each ``Batch`` that is a part of a named tuple; all else stays as it is.
+        """
         if not isinstance(batch, Batch):
+            if any(isinstance(part, Batch) for part in batch if isinstance(batch, tuple)):
+                return type(batch)(*(self.on_after_batch_transfer(part, dataloader_idx) for part in batch))
             return batch
         if isinstance(batch, TrainingBatch):
             batch = self.augment(batch, self.trainer.current_epoch if self.trainer is not None else 0)
@@ -317,6 +339,17 @@ class OODDataModule(LightningDataModule, ABC):
                 f"images are decoded each time they are served, for they cannot be kept in {folder}: {error}"
             )
             return images
+
+    def _draw_outliers(self, outliers: ImageSet, splits: dict[str, ImageSet]) -> ImageSet:
+        """Draw the outliers that are fed, without those that are ID images."""
+        if self.outlier_feed is None:
+            return outliers
+        ready = {name: images for name, images in splits.items() if images.stamp() is None}
+        known = {name: ready[name] for name in ready.keys() & {"train", "calibration", "id"}}
+        outliers, self.removed = draw_outliers(outliers, known, self.num_outliers, self.split_seed, self._pack)
+        for name, count in self.removed.items():
+            rank_zero_info(f"{count} outliers are left out, which are also images of {name}")
+        return outliers
 
     def _check(self, sets: Sets) -> None:
         """Raise a ``ValueError`` in words where the options do not go with the sets."""

@@ -22,23 +22,33 @@ def image_hashes(images: ImageSet, chunk: int = 1024) -> Tensor:
 def count_duplicates(outliers: ImageSet, others: Mapping[str, ImageSet]) -> dict[str, int]:
     """Count the outliers that are pixel for pixel in other sets, by the names of those sets that have any of them.
 
-    An outlier counts once for a set, however often it is there. Equal hashes are only candidates: pixels decide.
+    An outlier counts once for a set, however often it is there.
     """
-    hashes = image_hashes(outliers)
-    counts = {name: _count(outliers, hashes, images) for name, images in others.items()}
+    counts = {name: int(found.sum()) for name, found in find_duplicates(outliers, others).items()}
     return {name: count for name, count in counts.items() if count}
 
 
-def _count(outliers: ImageSet, hashes: Tensor, images: ImageSet) -> int:
+def find_duplicates(outliers: ImageSet, others: Mapping[str, ImageSet]) -> dict[str, Tensor]:
+    """Say which of N outliers are pixel for pixel in other sets: name of the set -> (N,) bool.
+
+    Equal hashes are only candidates: pixels decide.
+    """
+    if not others:
+        return {}
+    hashes = image_hashes(outliers)
+    return {name: _find(outliers, hashes, images) for name, images in others.items()}
+
+
+def _find(outliers: ImageSet, hashes: Tensor, images: ImageSet) -> Tensor:
     ordered, order = image_hashes(images).sort()
     candidate, end = (torch.searchsorted(ordered, hashes, right=right) for right in (False, True))
-    count, rows = 0, (candidate < end).nonzero().flatten()
+    found, rows = torch.zeros(len(outliers), dtype=torch.bool), (candidate < end).nonzero().flatten()
     while len(rows):  # once, unless hashes collide
         same = _same(outliers, rows, images, order[candidate[rows]])
-        count += int(same.sum())
+        found[rows[same]] = True
         candidate[rows] += 1
         rows = rows[~same & (candidate[rows] < end[rows])]
-    return count
+    return found
 
 
 def _same(first: ImageSet, first_rows: Tensor, second: ImageSet, second_rows: Tensor, chunk: int = 1024) -> Tensor:

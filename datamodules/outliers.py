@@ -1,5 +1,6 @@
 """Auxiliary outliers: which images of a set, and how they are cut."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -8,49 +9,91 @@ import torch
 from torch import Tensor
 
 from datamodules.augmentation import random_crop, random_flip
+from datamodules.duplicates import find_duplicates
 from datamodules.images import ImageSet, Rows, sha256
-from datamodules.splits import draw
 
 
 @dataclass(frozen=True)
 class OutlierPool:
-    """Auxiliary outliers for training, drawn by ``split_seed``.
+    """Auxiliary outliers for training.
 
     Attributes:
         name: a set of the catalogue, or one of ``own``.
         pool: only so many consecutive images, from a random start among those after the first 10,000, and on from the
             beginning where the set ends; as Unleashing Mask reads its outliers.
-        limit: draw so many of these.
         crop_padding: instead of scaling, put so many zero pixels around each image and cut a window of the size of the
             ID images out of it at random, mirrored or not; the same window every time.
     """
 
     name: str
     pool: int | None = None
-    limit: int | None = None
     crop_padding: int | None = None
 
     def __post_init__(self) -> None:
-        for option, least in (("pool", 1), ("limit", 1), ("crop_padding", 0)):
+        for option, least in (("pool", 1), ("crop_padding", 0)):
             value = getattr(self, option)
             if value is not None and value < least:
                 raise ValueError(f"outliers: {option} must be at least {least}, got {value}")
 
     def choose(self, images: ImageSet, seed: int) -> ImageSet:
-        """Take the pool, and draw from it.
+        """Take the pool, from a start that is drawn by ``seed``.
 
         Raises:
             ValueError: there are not so many images.
         """
-        rows = torch.arange(len(images))
-        for option in ("pool", "limit"):
-            count = getattr(self, option)
-            if count is None:
-                continue
-            if count > len(rows):
-                raise ValueError(f"outliers: {option}={count}, but {self.name} offers only {len(rows)} images")
-            rows = consecutive(len(images), count, seed) if option == "pool" else rows[draw(len(rows), count, seed)]
-        return images if len(rows) == len(images) else Rows(images, rows.sort().values)
+        if self.pool is not None and self.pool > len(images):
+            raise ValueError(f"outliers: pool={self.pool}, but {self.name} offers only {len(images)} images")
+        if self.pool in (None, len(images)):
+            return images
+        return Rows(images, consecutive(len(images), self.pool, seed).sort().values)
+
+
+def draw_outliers(
+    outliers: ImageSet,
+    known: Mapping[str, ImageSet],
+    count: int | None,
+    seed: int,
+    decode: Callable[[ImageSet], ImageSet],
+) -> tuple[ImageSet, dict[str, int]]:
+    """Draw outliers that are none of the ID images, pixel for pixel.
+
+    Only what is drawn is read, however large the set. Images that would have to be decoded for it are not compared.
+
+    Args:
+        outliers: to draw from.
+        known: sets of ID images, by name.
+        count: how many; all that are no ID images where not given.
+        seed: of the drawing.
+        decode: makes images fast to read.
+
+    Returns:
+        The outliers, in the order of the set; and set of ID images -> how many that were drawn are among these, and
+        were left out.
+
+    Raises:
+        ValueError: there are not so many.
+    """
+    length = len(outliers)
+    wanted = length if count is None else count
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(length))
+    rows, looked_at, removed = order[:0], 0, dict.fromkeys(known, 0)
+    while len(rows) < wanted and looked_at < length:
+        drawn = order[looked_at : looked_at + wanted - len(rows)].sort().values
+        looked_at += len(drawn)
+        chosen = decode(outliers if len(drawn) == length else Rows(outliers, drawn))
+        duplicate = torch.zeros(len(drawn), dtype=torch.bool)
+        for name, found in find_duplicates(chosen, known if chosen.stamp() is None else {}).items():
+            removed[name] += int(found.sum())
+            duplicate |= found
+        rows = torch.cat([rows, drawn[~duplicate]])
+    removed = {name: number for name, number in removed.items() if number}
+    if len(rows) < (1 if count is None else count):
+        others = "".join(f", {number} of them also images of {name}" for name, number in removed.items())
+        raise ValueError(
+            f"num_outliers={count}, but {outliers.source} offers only {len(rows)} outliers: it has {length} images"
+            + others
+        )
+    return outliers if len(rows) == length else Rows(outliers, rows.sort().values), removed
 
 
 def consecutive(length: int, count: int, seed: int, skipped: int = 10_000) -> Tensor:

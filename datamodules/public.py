@@ -123,7 +123,7 @@ class Public(OODDataModule, ABC):
         known |= {f"openood_{self.data}_{split}_{self.data}" for split in ("train", "test")}
         if same := sorted(known & set(self.ood)):
             raise ValueError(f"{', '.join(same)} are the ID images themselves, they cannot be OOD")
-        if pool is not None and self.outlier_feed is None:
+        if pool is not None and self.outlier_feed is None and self.num_outliers != 0:
             raise ValueError("outliers are given, but not how they come into training: outlier_feed is paired or mixed")
 
     def load(self) -> Sets:
@@ -140,7 +140,7 @@ class Public(OODDataModule, ABC):
             train=training,
             test=known,
             ood={name: self._ood_set(name, known.origin) for name in self.ood},
-            outliers=self._outliers(self.outlier_pool) if self.outlier_pool is not None else None,
+            outliers=self._outliers(self.outlier_pool) if self.outlier_pool and self.outlier_feed else None,
             classes=list(known.classes),
         )
         if sets.outliers is not None:

@@ -41,6 +41,22 @@ class EvidenceBatch(NamedTuple):
     ids: Tensor
 
 
+class TargetBatch(NamedTuple):
+    """A training batch of images and of what each is to become, beside what a frozen network saw of the images.
+
+    Attributes:
+        seen: the evidence of B images, their labels and ids.
+        inputs: the batch of these images as the network reads them: normalised, labels, ids.
+        images: (B, C, H, W), uint8, or float with 1 for white.
+        targets: (B, C, H, W), as ``images``: of an ID image the very same, of an outlier an ID image.
+    """
+
+    seen: EvidenceBatch
+    inputs: tuple[Tensor, Tensor, Tensor]
+    images: Tensor
+    targets: Tensor
+
+
 def need_cached(batch: object, method: str) -> EvidenceBatch:
     """Return a training batch that holds evidence, and raise a ``ValueError`` in words where it holds images."""
     if not isinstance(batch, EvidenceBatch):

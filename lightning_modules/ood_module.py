@@ -31,8 +31,9 @@ class OODModule(LightningModule, ABC):
     """What every method shares: validation, testing, optimisation, and parts that stay frozen.
 
     A method gives ``forward`` and ``training_step``. It knows no OOD set, no path, no normalisation constant, no logger
-    and no metric; what needs both module and data is a callback. A ``Score`` among its parts is fitted on the ID
-    training images by whatever comes first: the feature cache, before training, or the evaluation.
+    and no metric; what needs both module and data is a callback. What is ``Fitted`` among its parts, such as a
+    ``Score``, is fitted on the ID training images by whatever comes first: the feature cache, before training, or the
+    evaluation.
 
     Attributes:
         taps: the features that ``forward`` returns beside ``penultimate``; the evaluation adds what its scores read.

@@ -47,20 +47,18 @@ def full_precision(device: torch.device) -> Iterator[None]:
             backend.fp32_precision = precision
 
 
-class Score(nn.Module, ABC):
-    """Maps evidence to one number for each image; higher = more OOD.
+class Fitted(nn.Module, ABC):
+    """What is fitted on the evidence of ID training images: scores, and other parts of a method.
 
-    Life of a score: ``bind`` to a network, then for each of its ``passes`` over the ID training data any number of
-    ``update`` calls and one ``finalize``, then ``forward``. What fitting learns lives in buffers, so a saved score
-    needs no training data. Buffers of data-dependent size are registered empty and take the stored size on load.
+    Its life: ``bind`` to a network, then for each of its ``passes`` over the ID training data any number of ``update``
+    calls and one ``finalize``, then ``forward``. What fitting learns lives in buffers, so a saved one needs no training
+    data. Buffers of data-dependent size are registered empty and take the stored size on load.
 
     Attributes:
         passes: how often it must see the ID training data: 0, 1, or more where it needs its own first-pass statistics.
-        taps: the features it reads, by name; the evaluation asks the network for them.
     """
 
     passes: int = 0
-    taps: frozenset[str] = frozenset()
     finished: Tensor
 
     def __init__(self) -> None:
@@ -96,12 +94,8 @@ class Score(nn.Module, ABC):
     def _finalize(self) -> None:
         """Do a subclass's part of ``finalize``."""
 
-    @abstractmethod
-    def forward(self, *args: Any) -> Tensor:
-        """Score (B,) images from their evidence."""
-
     def __call__(self, *args: Any) -> Tensor:
-        """Score, after making sure that the score is fitted."""
+        """Call ``forward``, after making sure that it is fitted."""
         if not self.fitted:
             raise RuntimeError(f"{type(self).__name__} is not fitted: it needs {self.needs}")
         with full_precision(self.finished.device):
@@ -113,6 +107,20 @@ class Score(nn.Module, ABC):
             if stored is not None and stored.shape != buffer.shape:
                 setattr(self, name, buffer.new_empty(stored.shape))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+class Score(Fitted):
+    """Maps evidence to one number for each image; higher = more OOD.
+
+    Attributes:
+        taps: the features it reads, by name; the evaluation asks the network for them.
+    """
+
+    taps: frozenset[str] = frozenset()
+
+    @abstractmethod
+    def forward(self, *args: Any) -> Tensor:
+        """Score (B,) images from their evidence."""
 
 
 class InputScore(Score):

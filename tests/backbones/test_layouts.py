@@ -29,6 +29,7 @@ from torch import Tensor
 
 from backbones.autoencoders import MNISTAutoencoder, ResNetAutoencoder
 from backbones.densenet import DenseNet
+from backbones.heatmap_decoder import HeatmapDecoder
 from backbones.layouts import fill_affine, heatmap_decoder, latent_space, residual_energy, translate
 from backbones.mnist_conv import MNISTConv
 from backbones.resnet import ResNet
@@ -317,10 +318,15 @@ def test_of_a_heatmap_checkpoint_the_last_decoder_is_taken(inputs, hidden, width
     for block, width in enumerate(widths, start=1):
         shapes |= {f"conv_block{block}.0.weight": (last, width, 4, 4)} | bn(f"conv_block{block}.1", width)
         last = width
-    shapes[f"conv_block{len(widths) + 1}.0.weight"] = (3, last, 1, 1)
+    shapes[f"conv_block{len(widths) + 1}.0.weight"] = (last, 3, 1, 1)
     assert (len(shapes), trainable(shapes)) == (entries, parameters)
     epochs = {epoch: {"generator": meta(shapes)} for epoch in range(9, 150, 10)}
     state = heatmap_decoder({"min": 0, "max": 2.5, **epochs})
-    assert state == epochs[149]["generator"]
+    with torch.device("meta"):
+        decoder = HeatmapDecoder(inputs - 10, 10, hidden, widths)
+    assert {name: value.shape for name, value in decoder.state_dict().items()} == {
+        name: value.shape for name, value in state.items()
+    }
+    assert list(map(id, state.values())) == list(map(id, epochs[149]["generator"].values()))
     with pytest.raises(ValueError, match=r"under 149; this one has epochs \[9, 19\]$"):
         heatmap_decoder({"min": 0, "max": 2.5, 9: epochs[9], 19: epochs[19]})

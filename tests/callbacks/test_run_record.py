@@ -162,12 +162,14 @@ def test_outliers_that_are_also_other_images_are_reported_once_a_run(tmp_path, c
     sets = {name: ArrayImages(pixels[[*r]], torch.zeros(len(r), dtype=torch.int64), name) for name, r in rows.items()}
     trainer = make_trainer(tmp_path)
     trainer.datamodule.outlier_feed, trainer.datamodule.sets = "mixed", sets
+    trainer.datamodule.removed = {"calibration": 3}
     trainer.datamodule.sizes = {name: len(images) for name, images in sets.items()}
     record = RunRecord(tmp_path, CONFIG)
     with caplog.at_level(logging.WARNING):
         record.setup(trainer, None, "fit")
     record.teardown(trainer, None, "fit")
     assert read_run(tmp_path)["duplicates"] == {"train": 2, "id": 1}
+    assert read_run(tmp_path)["removed"] == {"calibration": 3}
     assert "2 of the 3 outliers are also images of train" in caplog.text
     trainer.datamodule.sets = None
     RunRecord(tmp_path, CONFIG).setup(trainer, None, "fit")

@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from datamodules.images import ArrayImages
-from datamodules.outliers import OutlierPool, RandomWindows, consecutive
+from datamodules.images import ArrayImages, Rows
+from datamodules.outliers import OutlierPool, RandomWindows, consecutive, draw_outliers
 
 
 def images(length, size=8):
@@ -17,14 +17,57 @@ def rows_of(chosen, whole):
     return [where[image.numpy().tobytes()] for image in chosen.read(torch.arange(len(chosen)))]
 
 
-def test_a_limit_draws_at_random_without_replacement():
+def drawn(whole, count=None, seed=0, **known):
+    chosen, removed = draw_outliers(whole, known, count, seed, lambda images: images)
+    return rows_of(chosen, whole), removed
+
+
+def test_outliers_are_drawn_at_random_without_replacement():
     whole = images(50)
-    rows = rows_of(OutlierPool("others", limit=20).choose(whole, 0), whole)
+    rows, removed = drawn(whole, 20)
     assert rows == sorted(set(rows))
-    assert len(rows) == 20
-    assert rows_of(OutlierPool("others", limit=20).choose(whole, 0), whole) == rows
-    assert rows_of(OutlierPool("others", limit=20).choose(whole, 1), whole) != rows
-    assert OutlierPool("others").choose(whole, 0) is whole
+    assert (len(rows), removed) == (20, {})
+    assert drawn(whole, 20) == (rows, {})
+    assert drawn(whole, 20, seed=1) != (rows, {})
+    assert draw_outliers(whole, {}, None, 0, lambda images: images) == (whole, {})
+
+
+def test_each_outlier_is_drawn_as_often_as_any_other():
+    whole, counts = images(10), torch.zeros(10)
+    for seed in range(400):
+        counts[drawn(whole, 3, seed)[0]] += 1
+    assert (counts - 120).abs().max() < 40  # a standard deviation is 9
+
+
+def test_id_images_among_the_outliers_are_replaced_and_counted():
+    whole = images(30)
+    train, test = Rows(whole, torch.arange(8)), Rows(whole, torch.arange(5, 12))
+    rows, removed = drawn(whole, None, train=train, id=test)
+    assert rows == list(range(12, 30))
+    assert removed == {"train": 8, "id": 7}  # three of them are in both
+    for seed in range(20):
+        rows, removed = drawn(whole, 15, seed, train=train, id=test)
+        assert len(set(rows)) == 15
+        assert min(rows) >= 12
+        assert removed.get("train", 0) <= 8
+    assert drawn(whole, 18, train=train, id=test)[0] == list(range(12, 30))
+
+
+def test_only_what_is_drawn_is_read(monkeypatch):
+    whole, read = images(1000), []
+    monkeypatch.setattr(ArrayImages, "read", lambda self, rows: read.append(len(rows)) or self.images[rows])
+    draw_outliers(whole, {"id": images(1, size=4)}, 10, 0, lambda images: images)
+    assert sum(read) == 11
+
+
+def test_fewer_outliers_than_are_to_be_drawn():
+    whole = images(12)
+    with pytest.raises(ValueError, match=r"^num_outliers=13, but others offers only 12 outliers: it has 12 images$"):
+        drawn(whole, 13)
+    with pytest.raises(ValueError, match=r"only 9 outliers: it has 12 images, 3 of them also images of id$"):
+        drawn(whole, 10, id=Rows(whole, torch.arange(3)))
+    with pytest.raises(ValueError, match=r"only 0 outliers: it has 12 images, 12 of them also images of id$"):
+        drawn(whole, None, id=whole)
 
 
 def test_a_pool_is_consecutive_and_goes_on_from_the_beginning():
@@ -42,23 +85,16 @@ def test_a_pool_does_not_start_among_the_first_10_000():
     assert 11_900 < max(starts) < 12_000
 
 
-def test_a_limit_draws_from_the_pool():
+def test_the_pool_of_a_set_and_seed():
     whole = images(40)
     pool = rows_of(OutlierPool("others", pool=10).choose(whole, 3), whole)
-    drawn = rows_of(OutlierPool("others", pool=10, limit=6).choose(whole, 3), whole)
-    assert len(pool) == 10
-    assert len(drawn) == 6
-    assert set(drawn) < set(pool)
-
-
-@pytest.mark.parametrize(("option", "offered"), [("pool", 12), ("limit", 12)])
-def test_more_than_there_is(option, offered):
-    with pytest.raises(ValueError, match=f"{option}=13, but others offers only {offered} images"):
-        OutlierPool("others", **{option: 13}).choose(images(12), 0)
-    with pytest.raises(ValueError, match="limit=5, but others offers only 4 images"):
-        OutlierPool("others", pool=4, limit=5).choose(images(12), 0)
-    with pytest.raises(ValueError, match=f"{option} must be at least 1, got 0"):
-        OutlierPool("others", **{option: 0})
+    assert pool == sorted(consecutive(40, 10, 3).tolist())
+    assert OutlierPool("others").choose(whole, 0) is whole
+    assert OutlierPool("others", pool=40).choose(whole, 0) is whole
+    with pytest.raises(ValueError, match="pool=41, but others offers only 40 images"):
+        OutlierPool("others", pool=41).choose(whole, 0)
+    with pytest.raises(ValueError, match="pool must be at least 1, got 0"):
+        OutlierPool("others", pool=0)
 
 
 def test_windows_are_cut_from_the_padded_image_and_stay_the_same():

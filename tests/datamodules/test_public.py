@@ -233,7 +233,11 @@ def test_sets_of_your_own(public, root, tmp_path):
         "others": OwnSet(str(tmp_path / "array.npy")),
     }
     module = public(
-        own=own, ood=["svhn", "photographs", "digits"], outliers=OutlierPool("others", limit=2), outlier_feed="mixed"
+        own=own,
+        ood=["svhn", "photographs", "digits"],
+        outliers=OutlierPool("others"),
+        outlier_feed="mixed",
+        num_outliers=2,
     )
     assert module.groups == {"svhn": "far", "photographs": "near", "digits": "far"}
     assert [module.sizes[name] for name in ("photographs", "digits", "outliers")] == [3, 4, 2]
@@ -250,14 +254,14 @@ def test_outliers_of_the_origin_of_an_ood_set_are_refused(public):
 
 
 def test_outliers_as_unleashing_mask_cuts_them(public):
-    outliers = OutlierPool("imagenet64", pool=4, limit=3, crop_padding=4)
-    module = public(protocol="unleashing_mask", outliers=outliers, outlier_feed="paired")
+    chosen = {"outliers": OutlierPool("imagenet64", pool=4, crop_padding=4), "num_outliers": 3}
+    module = public(protocol="unleashing_mask", **chosen, outlier_feed="paired")
     assert module.sets["outliers"].shape == (3, 32, 32)
     assert module.sizes["outliers"] == 3
-    again = public(protocol="unleashing_mask", outliers=outliers, outlier_feed="paired", seed=3)
+    again = public(protocol="unleashing_mask", **chosen, outlier_feed="paired", seed=3)
     assert again.fingerprints["outliers"] == module.fingerprints["outliers"]
     assert not torch.equal(
-        public(outliers=outliers, outlier_feed="mixed", split_seed=1).sets["outliers"].read(torch.arange(3)),
+        public(**chosen, outlier_feed="mixed", split_seed=1).sets["outliers"].read(torch.arange(3)),
         module.sets["outliers"].read(torch.arange(3)),
     )
 
@@ -286,7 +290,7 @@ data:
     protocol: heatmap
     root: {root}
     augmentation: protocol
-    outliers: {{name: tiny_images, limit: 2}}
+    outliers: {{name: tiny_images, pool: 2}}
     outlier_feed: mixed
     ood: [svhn, mine]
     own: {{mine: {{path: somewhere, resize: crop}}}}
@@ -300,7 +304,7 @@ data:
     assert isinstance(data, CIFAR)
     assert data.augmentation == Augmentation(crop_padding=4, flip=True)
     assert data.own["mine"] == OwnSet("somewhere", resize="crop")
-    assert data.outlier_pool == OutlierPool("tiny_images", limit=2)
+    assert data.outlier_pool == OutlierPool("tiny_images", pool=2)
     assert parser.parse_string(parser.dump(config)) == config
     augmented = parser.parse_string(text.replace("augmentation: protocol", "augmentation: {flip: true}"))
     assert parser.instantiate(augmented).data.augmentation == Augmentation(flip=True)

@@ -88,8 +88,9 @@ def test_a_setting_is_the_published_one(version, form):
         },
         **OWN[form],
     }
-    pool = {"name": "imagenet64", "pool": 400_000, "crop_padding": 4} | ({} if form == "poem" else {"limit": 50_000})
-    assert OutlierPool(**recipe["data"]["init_args"].pop("outliers")) == OutlierPool(**pool)
+    pool = OutlierPool("imagenet64", pool=400_000, crop_padding=4)
+    assert OutlierPool(**recipe["data"]["init_args"].pop("outliers")) == pool
+    assert recipe["data"]["init_args"].pop("num_outliers", None) == (None if form == "poem" else 50_000)
     assert recipe["data"] == {
         "class_path": "datamodules.public.CIFAR",
         "init_args": {
