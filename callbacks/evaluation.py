@@ -22,6 +22,7 @@ from callbacks.embedding import Embedding, FeatureSample
 from callbacks.figures import save_figures, score_figures
 from callbacks.fitted_scores import code_sha256, fitting_key, keep_fitted, read_fitted
 from callbacks.gathering import Row, gather_samples
+from callbacks.heatmaps import Heatmaps, HeatmapSample
 from callbacks.identity import identify
 from callbacks.metrics import metric_rules
 from callbacks.results import (
@@ -70,6 +71,7 @@ class OODEvaluation(Callback):
         thresholds: whether to leave TPR, FPR and macro F1 over the thresholds of each score, in ``thresholds.csv``, and
             the largest macro F1 of any, in the rows as ``oracle_f1``.
         embedding: what to draw the feature space of; None = no such pictures.
+        heatmaps: which images to draw with their heatmaps, for a method that yields any; not given, as by default.
         folder: the run folder; None = write no files. Given by the command line.
         subfolder: where in the run folder the files go. Given by the command line.
     """
@@ -83,6 +85,7 @@ class OODEvaluation(Callback):
         tau_source: TauSource = "id_val",
         thresholds: bool = False,
         embedding: Embedding | None = None,
+        heatmaps: Heatmaps | None = None,
         folder: str | None = None,
         subfolder: str = "",
     ) -> None:
@@ -94,6 +97,7 @@ class OODEvaluation(Callback):
         check_tau_source(tau_source)
         self.scores, self.bootstrap, self.figures = scores, bootstrap, figures
         self.tau_source, self.thresholds, self.embedding = tau_source, thresholds, embedding
+        self.heatmaps = heatmaps
         self.rules_name, self.rules = rules, metric_rules(rules)
         self.run_folder = None if folder is None else Path(folder)
         self.folder = None if folder is None else Path(folder, subfolder)
@@ -187,6 +191,9 @@ class OODEvaluation(Callback):
         self._calibration_forwards: dict[str, int] = {}
         self._started = time.perf_counter()
         self._features = None if self.embedding is None else FeatureSample(self.embedding, _sizes(trainer, data))
+        self.heatmap_sample = (
+            HeatmapSample(self.heatmaps or Heatmaps(), _sizes(trainer, data)) if self.figures else None
+        )
         backbone = module.backbone_of_logits
         for score in self.fitting.values():
             score.bind(backbone)
@@ -236,6 +243,10 @@ class OODEvaluation(Callback):
             raise ValueError(
                 f"{type(pl_module).__name__} itself yields {', '.join(taken)}: rename those of the evaluation"
             )
+        if self.heatmap_sample is not None and outputs.maps is not None:
+            self.heatmap_sample.add(loader, ids, outputs)
+        elif self.heatmaps is not None:
+            raise ValueError(f"heatmaps are asked for: {type(pl_module).__name__} yields none, or figures are false")
         by_logits = outputs.logits.argmax(1) if module.num_classes else torch.full_like(labels, -1)
         if loader == "id":
             self._right += (by_logits == labels).sum()
@@ -251,6 +262,7 @@ class OODEvaluation(Callback):
         right = int(sum_over_processes(self._right))
         if self._features is not None:
             self._features.gather()
+        looked_at = self.heatmap_sample.gather(trainer, module, data) if self.heatmap_sample is not None else 0
         if not trainer.is_global_zero:
             return
         self.samples = samples
@@ -262,6 +274,8 @@ class OODEvaluation(Callback):
         }
         if module.extra_forwards:
             extra["model"] = module.extra_forwards * images
+        if looked_at:
+            extra["heatmaps"] = looked_at
         self.results = {
             **identify(trainer, module, data, self.run_folder),
             "truncated": sum(trainer.num_test_batches) < sum(map(len, _loaders(trainer).values())),
@@ -333,6 +347,8 @@ class OODEvaluation(Callback):
             figures |= score_figures(samples, data.groups, self.curves, self.results["thresholds"])
         if self._features is not None:
             figures |= self._features.figures(data.classes)
+        if self.heatmap_sample is not None and self.heatmap_sample.maps:
+            figures["heatmaps"] = self.heatmap_sample.figure(data)
         return figures
 
     def _log(self, trainer: Trainer, figures: dict[str, Figure] | dict[str, str]) -> None:

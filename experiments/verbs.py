@@ -21,6 +21,7 @@ from experiments.cli import EXPERIMENTS, OODCLI, naming
 from experiments.data import data
 from experiments.heat_evaluate import heat_evaluate
 from experiments.heat_toy import heat_toy
+from experiments.heatmap_latest import heatmap_latest
 from experiments.stages import stages
 
 
@@ -161,6 +162,7 @@ VERBS: dict[str, Callable[[Sequence[str]], None]] = {
     "evaluate": evaluate,
     "heat-evaluate": heat_evaluate,
     "heat-toy": heat_toy,
+    "heatmap-latest": heatmap_latest,
     "stages": stages,
     "data": data,
     "completion": completion,

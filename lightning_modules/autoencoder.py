@@ -53,12 +53,11 @@ class Autoencoder(OODModule):
 
         Returns:
             ``logits`` (B, 0), for there are no classes; ``penultimate``, the latent vector (B, L); the score
-            ``reconstruction``; as maps the reconstructions.
+            ``reconstruction``.
         """
         latent = self.backbone.encode(images)
-        reconstructions = self.backbone.decode(latent)
-        scores = {"reconstruction": reconstruction_error(reconstructions, images)}
-        return Evidence(latent[:, :0], {"penultimate": latent}, scores, reconstructions)
+        scores = {"reconstruction": reconstruction_error(self.backbone.decode(latent), images)}
+        return Evidence(latent[:, :0], {"penultimate": latent}, scores, None)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the mean error of the batch's ID images; 0 with a live graph where there are none."""

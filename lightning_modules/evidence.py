@@ -16,7 +16,8 @@ class Evidence(NamedTuple):
             has no classes.
         features: tap -> (B, D_tap); ``penultimate`` always, others on request.
         scores: the method's own OOD scores, (B,), higher = more OOD; may be empty.
-        maps: (B, C, H, W) to look at (heatmaps), else None.
+        maps: (B, C, H, W), what would have to be added to each image, from -1 for black to 1 for white, for it to look
+            like an ID image (heatmaps); else None.
         predictions: (B,) classes that the method predicts, where these are not the largest logits; else None.
     """
 
