@@ -21,6 +21,7 @@ NAMES = (
     "triplets",
     "subnetwork",
     "outliers",
+    "heatmap",
 )
 
 

@@ -29,7 +29,7 @@ class Setting(NamedTuple):
 
 
 def heatmap_latest(args: Sequence[str]) -> None:
-    """``heatmap-latest --data D --architecture A [options]``: print the folder of the newest heatmap run of a setting."""
+    """``heatmap-latest --data D --architecture A [options]``: print the folder of the newest run of a setting."""
     parser = argparse.ArgumentParser(
         prog="python -m experiments heatmap-latest", description=heatmap_latest.__doc__, allow_abbrev=False
     )
