@@ -63,6 +63,14 @@ class HeatmapDecoder(nn.Module):
         if weights is not None:
             load_weights(self, weights)
 
+    def check_maps(self, maps: Sequence[Tensor]) -> None:
+        """Raise a ``ValueError`` where no block yields maps of the shape of one of these, (B, C, h, w)."""
+        if misfits := [tuple(map_.shape[1:]) for map_ in maps if tuple(map_.shape[1:]) not in self.sizes]:
+            raise ValueError(
+                f"maps of shape {', '.join(map(str, misfits))} (C, h, w) cannot be added: the blocks of the decoder "
+                f"yield {', '.join(map(str, self.sizes))}"
+            )
+
     def forward(self, features: Tensor, classes: Tensor, maps: Sequence[Tensor] = ()) -> Tensor:
         """Decode.
 
@@ -77,11 +85,7 @@ class HeatmapDecoder(nn.Module):
         Raises:
             ValueError: no block yields a map of the shape of one of ``maps``.
         """
-        if misfits := [tuple(map_.shape[1:]) for map_ in maps if tuple(map_.shape[1:]) not in self.sizes]:
-            raise ValueError(
-                f"maps of shape {', '.join(map(str, misfits))} (C, h, w) cannot be added: the blocks yield "
-                f"{', '.join(map(str, self.sizes))}"
-            )
+        self.check_maps(maps)
         one_hot = functional.one_hot(classes, self.num_classes).to(features)
         decoded = self.linear(torch.cat([features, one_hot], 1))[:, :, None, None]
         for block, size in zip(self.blocks, self.sizes, strict=True):

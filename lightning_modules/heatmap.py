@@ -129,9 +129,17 @@ class Heatmap(OODModule):
         self.maps = [f"{stage}.map" for stage in backbone.stages[::-1][: fw_layers - 1]]
         if len(self.maps) < fw_layers - 1:
             raise ValueError(f"{type(backbone).__name__} has {len(backbone.stages)} stages, too few for {fw_layers=}")
-        self.range_tap = "penultimate" if fw_layers == 1 else f"range of {fw_layers} layers"
+        self.range_tap = "penultimate" if fw_layers == 1 else f"range_of_{fw_layers}"
         self.minmax = MinMax(self.range_tap) if feature_norm == "minmax" else None
         self.val_id, self.val_ood = MeanMetric(nan_strategy="disable"), MeanMetric(nan_strategy="disable")
+
+    def configure_model(self) -> None:
+        """Freeze the network, and refuse one whose maps fit no block of the decoder."""
+        super().configure_model()
+        if self.maps:
+            with torch.no_grad():
+                image = next(self.decoder.parameters()).new_zeros(1, *self.backbone.input_shape)
+                self.decoder.check_maps(self._look(image)[1])
 
     def encode(self, images: Images) -> Evidence:
         """Return logits, penultimate features and, where maps are forwarded, (B, 2) extremes of each image's values."""
