@@ -1,19 +1,16 @@
 """The real ``test`` command on one, two and three processes: the same images, scores, statistics and metrics."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
 import yaml
 
 from backbones.digits_net import DigitsNet
+from experiments.cli import EXPERIMENTS
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 SIZES = {"train": 167, "test": 83, "far": 50, "lonely": 1}  # no size divides by 2 or 3 batches evenly; one image
 DIRECTIONS = ("vim", "pca_gmm", "relative_mahalanobis")  # scores that keep eigenvectors or singular vectors
 SAVE_STATE = """
@@ -64,7 +61,7 @@ def write_experiment(folder):
                 "std": [0.5],
             },
         },
-        "trainer": {"accelerator": "cpu", "strategy": "ddp", "logger": False, "enable_progress_bar": False},
+        "trainer": {"accelerator": "cpu", "logger": False, "enable_progress_bar": False},
         "evaluation": {"bootstrap": 20, "figures": False},
     }
     (folder / "many.yaml").write_text(yaml.safe_dump(config))
@@ -73,13 +70,10 @@ def write_experiment(folder):
 def run(folder, processes, precision, *options):
     name = f"p{processes}_{precision}"
     callback = {"class_path": "savestate.SaveState", "init_args": {"path": str(folder / f"{name}.pt")}}
-    command = [sys.executable, "-m", "experiments", "test", "--config", str(folder / "many.yaml"), *options]
-    command += ["--experiment", "tests/many", "--name", name, "--trainer.devices", str(processes)]
+    command = ["test", "--config", str(folder / "many.yaml"), "--experiment", "tests/many", "--name", name, *options]
     command += ["--trainer.callbacks+", json.dumps(callback), "--trainer.precision", precision]
-    env = os.environ | {"OOD_CHECKPOINTS": str(folder), "OMP_NUM_THREADS": "1", "OOD_TRACEBACK": "1"}
-    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(folder)])
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    codes, output = forked.command(folder, *command, processes=processes)
+    assert codes == [0] * processes, output[-4000:]
     run_folder = folder / "tests" / "many" / name
     with np.load(run_folder / "scores.npz") as stored:
         samples = {key: stored[key] for key in stored.files}
@@ -129,7 +123,7 @@ def test_scores_and_metrics_equal_those_of_one_process(records, processes):
 
 def every_score(folder, processes):
     # In float64, so that what is compared is the reduction and not the rounding of the network.
-    return run(folder, processes, "64-true", "--config", str(ROOT / "experiments" / "_all_scores.yaml"))
+    return run(folder, processes, "64-true", "--config", str(EXPERIMENTS / "_all_scores.yaml"))
 
 
 @pytest.fixture(scope="module")
