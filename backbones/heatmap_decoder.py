@@ -87,10 +87,11 @@ class HeatmapDecoder(nn.Module):
         """
         self.check_maps(maps)
         one_hot = functional.one_hot(classes, self.num_classes).to(features)
-        decoded = self.linear(torch.cat([features, one_hot], 1))[:, :, None, None]
+        inputs = torch.cat([features, one_hot], 1).to(self.linear.weight.dtype)
+        decoded = self.linear(inputs)[:, :, None, None]
         for block, size in zip(self.blocks, self.sizes, strict=True):
             decoded = block(decoded)
             for added in maps:
                 if added.shape[1:] == size:
-                    decoded = decoded + added
+                    decoded = decoded + added.to(decoded)
         return self.last(decoded).tanh()
