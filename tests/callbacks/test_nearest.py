@@ -115,6 +115,8 @@ def test_the_last_known_row_is_found():
     features, classes = draw(30, 3, classes=2)
     features[20:], classes[20:] = features[19], classes[19]
     assert search(features, classes, 20) == [19] * 10
+    classes[20:] = 7  # of which there is none
+    assert search(features, classes, 20) == [19] * 10
 
 
 def test_without_outliers_nothing_is_found():
