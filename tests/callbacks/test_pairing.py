@@ -232,8 +232,9 @@ def test_pairs_need_cached_features_before_them(tmp_path, order):
         trainer.fit(make(), Planted())
 
 
-def test_after_the_fit_images_are_served_again(tmp_path):
-    _, data, _ = fit(tmp_path)
+def test_an_epoch_takes_in_all_pairs_and_after_the_fit_images_are_served_again(tmp_path):
+    module, data, _ = fit(tmp_path)
+    assert [len(batch.images) for batch in module.batches] == [BATCH] * 8 + [2]
     assert torch.is_tensor(next(iter(data.train_dataloader())).images)
 
 
@@ -295,8 +296,3 @@ def test_the_published_numbers_of_images_make_300_and_600_steps(known, outliers,
     assert len(loader) == steps
     rows = torch.cat(list(loader.sampler))
     assert len(rows) == len(rows.unique()) == known + number
-
-
-def test_an_epoch_has_a_step_for_what_does_not_fill_a_batch(tmp_path):
-    module, _, _ = fit(tmp_path)
-    assert [len(batch.images) for batch in module.batches] == [BATCH] * 8 + [2]

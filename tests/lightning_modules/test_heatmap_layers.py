@@ -129,7 +129,7 @@ def test_signed_maps_count_as_they_are():
 def test_training_forwards_the_maps_of_the_images_that_it_sees(tmp_path):
     module = make(digits_net(), liven(small_decoder(widths=(64, 32))), fw_layers=3)
     before = {name: value.clone() for name, value in published(module.decoder).items()}
-    fit(tmp_path, module, Planted(batch_size=130))
+    fit(tmp_path, module, Planted(batch_size=130, mean=[0.3], std=[0.25]))
     (batch,), (loss,) = module.batches, module.losses
     with torch.no_grad():
         vector, maps = digits_maps(module.backbone, batch.inputs[0])
