@@ -103,10 +103,10 @@ def write_partners(path: Path, partners: Tensor) -> None:
 def read_partners(path: Path, outliers: int, known: int) -> Tensor | None:
     """Read pairs; None where there are none, or the file is damaged."""
     try:
-        with np.load(path, allow_pickle=False) as file:  # the archive has a checksum
-            partners = torch.from_numpy(file["partners"])
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:  # it has a checksum
+            partners = torch.from_numpy(archive["partners"])
+    except (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile):
+        return None  # one bit can ask for a compression that zipfile does not know, a RuntimeError
     fits = partners.dtype == torch.int64 and partners.shape == (outliers,)
     return partners if fits and bool(((partners >= 0) & (partners < known)).all()) else None
 

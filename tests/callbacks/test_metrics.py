@@ -238,6 +238,13 @@ def test_first_rule_is_the_n_over_20th_score_of_the_reversed_order(count):
     assert fpr_at_tpr(rank(known, unknown)) == np.mean(-unknown >= tau)
 
 
+def test_first_rule_is_0_only_where_no_ood_score_reaches_the_threshold(pair):
+    known, unknown = pair
+    accepted = -unknown >= np.sort(-known)[len(known) // 20]
+    assert fpr_at_tpr(rank(known, unknown)) == exactly(accepted.mean())
+    assert (fpr_at_tpr(rank(known, unknown)) == 0) == (not accepted.any())
+
+
 def test_random_scores_give_chance():
     rng = np.random.default_rng(0)
     chance = headline(rank(rng.random(10_000), rng.random(2_000)), PRESETS["heatmap"])
