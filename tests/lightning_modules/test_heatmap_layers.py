@@ -173,5 +173,20 @@ def test_a_decoder_that_does_not_fit_the_network_is_refused(case):
 
 def test_maps_that_no_block_yields_are_refused():
     module = scaled(make(digits_net(), small_decoder(widths=(16, 8)), fw_layers=2)).eval()
-    with pytest.raises(ValueError, match=r"maps of shape \(64, 4, 4\) .* blocks yield \(16, 4, 4\), \(8, 8, 8\)$"):
+    with pytest.raises(
+        ValueError, match=r"maps of shape \(64, 4, 4\) .* blocks of the decoder yield \(16, 4, 4\), \(8, 8, 8\)$"
+    ):
         module(torch.zeros(2, 1, 8, 8))
+    statistics = module.backbone.layer1[1].running_mean.clone()
+    module.train()
+    with pytest.raises(ValueError, match=r"^maps of shape \(64, 4, 4\)"):  # before anything is trained or cached
+        module.configure_model()
+    assert torch.equal(module.backbone.layer1[1].running_mean, statistics)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_decoder_draws_in_the_precision_of_its_weights(dtype):
+    module = scaled(make(digits_net(), small_decoder(widths=(64, 32)), fw_layers=2)).eval().to(dtype)
+    evidence = module(torch.randn(3, 1, 8, 8, dtype=dtype))
+    assert evidence.maps.dtype == torch.promote_types(dtype, torch.float32)
+    assert evidence.scores["heatmap"].isfinite().all()
