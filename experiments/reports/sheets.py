@@ -1,0 +1,239 @@
+"""A comparison as sheets of text, and these for a console, in Markdown, in LaTeX; and all its numbers as CSV."""
+
+import csv
+import io
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from callbacks.results import HEADLINE, columns_of
+from callbacks.tables import percent
+from experiments.reports.comparison import Comparison, Entry
+from experiments.reports.published import Beside
+
+METRICS = {"auroc": "AUROC, % (higher is better)", "fpr95": "FPR95, % (lower is better)"}
+LEGEND = (
+    "One seed: [bounds] of a bootstrap over the test images; several: mean ± standard deviation over the seeds. "
+    "Best of a column: bold. Tied, for the interval meets that of the best: {tied}. † trained with outliers."
+)
+UNKNOWN = "–"
+
+
+class Cell(NamedTuple):
+    """A text, and whether it is the ``best`` of its column, or ``tied`` with it."""
+
+    text: str
+    mark: str = ""
+
+
+class Sheet(NamedTuple):
+    """A table of text; the first ``names`` columns name the line, the others hold numbers."""
+
+    title: str
+    header: list[str]
+    rows: list[list[Cell]]
+    names: int = 2
+
+
+def sheets(comparison: Comparison) -> list[Sheet]:
+    """Lay out a comparison: a sheet for each metric, and one of accuracy and cost."""
+    columns = comparison.columns
+    found = []
+    for metric, title in METRICS.items():
+        marks = {column: comparison.marks(column, metric) for column in columns}
+        rows = [
+            [Cell(entry.label), Cell(entry.score)]
+            + [Cell(number(entry, column, metric), marks[column][i]) for column in columns]
+            for i, entry in enumerate(comparison.entries)
+        ]
+        found.append(Sheet(title, ["method", "score", *columns.values()], rows))
+    header = ["method", "score", "outliers", "seeds", "ID accuracy, %"]
+    header += ["parameters", "of these trained", "seconds to fit", "ms per image"]
+    rows = [[Cell(entry.label), Cell(entry.score), *map(Cell, costs(entry))] for entry in comparison.entries]
+    return [*found, Sheet("ID accuracy and cost", header, rows, names=3)]
+
+
+def number(entry: Entry, column: str, metric: str) -> str:
+    """Write a number of an entry in percent, with its interval."""
+    return percent(entry.numbers[column], metric) if column in entry.numbers else UNKNOWN
+
+
+def costs(entry: Entry) -> list[str]:
+    """Write outliers, number of seeds, ID accuracy, parameters, trained parameters, seconds and milliseconds."""
+    cost = entry.cost
+    seconds = UNKNOWN if cost.seconds is None else f"{cost.seconds:,.1f}"
+    return [
+        entry.outliers,
+        str(len(entry.runs)),
+        percent(entry.accuracy, "id_accuracy") if entry.accuracy else "no classes",
+        UNKNOWN if cost.parameters is None else f"{cost.parameters:,}",
+        UNKNOWN if cost.trained is None else f"{cost.trained:,}",
+        f"≥ {seconds}" if cost.at_least else seconds,
+        UNKNOWN if cost.milliseconds is None else f"{cost.milliseconds:.3g}",
+    ]
+
+
+def notes(comparison: Comparison) -> list[str]:
+    """Say what a reader of a table must know of it."""
+    said = [comparison.apart, f"{comparison.rule}."]
+    if comparison.partial:
+        said.append(f"{UNKNOWN} in place of a mean: the method was not tested on all sets of the group.")
+    machines = {machine for entry in comparison.entries for run in entry.runs for machine in hardware(run.results, run.record)}
+    said.append(
+        "Seconds to fit are those of the run alone, without the training of weights that it starts from; milliseconds are "
+        f"those of network and score in a batch. Times were taken on: {', '.join(sorted(machines))}."
+    )
+    return [text for text in said if text]
+
+
+def hardware(*records: Mapping[str, Any]) -> list[str]:
+    """Name what computed, as the records of a run say."""
+    return [record["hardware"] for record in records if "hardware" in record]
+
+
+def print_console(comparisons: Sequence[Comparison], beside: Sequence[Beside], problems: Mapping[Path, str]) -> None:
+    """Print all tables, and what is in none."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)
+    say = {"highlight": False, "markup": False, "soft_wrap": True}
+    for index, comparison in enumerate(comparisons, 1):
+        for sheet in sheets(comparison):
+            _print_sheet(console, sheet._replace(title=f"Table {index}: {sheet.title}"))
+        for note in notes(comparison):
+            console.print(note, **say)  # type: ignore[arg-type]
+    console.print(LEGEND.format(tied="≈"), **say)  # type: ignore[arg-type]
+    if beside:
+        _print_sheet(console, beside_sheet(beside))
+        for line in beside:
+            console.print(f"{line.name}: {line.differences}", **say)  # type: ignore[arg-type]
+    for folder, problem in problems.items():
+        console.print(f"not in the tables: {folder}: {problem}", **say)  # type: ignore[arg-type]
+
+
+def _print_sheet(console: Console, sheet: Sheet) -> None:
+    table = Table(title=sheet.title)
+    for i, heading in enumerate(sheet.header):
+        table.add_column(escape(heading), justify="left" if i < sheet.names else "right", no_wrap=i < 2)
+    for row in sheet.rows:
+        marked = {"best": "[bold]{}[/bold]", "tied": "≈ {}", "": "{}"}
+        table.add_row(*(marked[cell.mark].format(escape(cell.text)) for cell in row))
+    console.print(table)
+
+
+def beside_sheet(beside: Sequence[Beside]) -> Sheet:
+    """Lay out published numbers beside ours."""
+    rows = [
+        [Cell(line.name), Cell(line.ours), *(Cell(text) for pair in line.values.values() for text in pair)]
+        for line in beside
+    ]
+    metrics = [heading for metric in beside[0].values for heading in (f"{metric}, published", "ours")]
+    return Sheet("Published, mean (standard deviation), and ours, %", ["published as", "our run", *metrics], rows)
+
+
+def to_markdown(comparisons: Sequence[Comparison], beside: Sequence[Beside], problems: Mapping[Path, str]) -> str:
+    """Write all tables, and what is in none, as Markdown."""
+    parts = ["# Out-of-distribution detection: a comparison", LEGEND.format(tied="italic")]
+    for index, comparison in enumerate(comparisons, 1):
+        parts += [f"## Table {index}", *map(_markdown, notes(comparison))]
+        for sheet in sheets(comparison):
+            parts += [f"### {sheet.title}", _markdown_sheet(sheet)]
+    if beside:
+        parts += ["## Published and ours", _markdown_sheet(beside_sheet(beside))]
+        parts += ["\n".join(f"- {_markdown(f'{line.name}: {line.differences} {line.source}')}" for line in beside)]
+    if problems:
+        listed = "\n".join(f"- {_markdown(f'{folder}: {problem}')}" for folder, problem in problems.items())
+        parts += ["## Not in the tables", listed]
+    return "\n\n".join(parts) + "\n"
+
+
+def _markdown_sheet(sheet: Sheet) -> str:
+    marked = {"best": "**{}**", "tied": "*{}*", "": "{}"}
+    lines = [[_markdown(heading) for heading in sheet.header]]
+    lines += [["---" if i < sheet.names else "---:" for i in range(len(sheet.header))]]
+    lines += [[marked[cell.mark].format(_markdown(cell.text)) for cell in row] for row in sheet.rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _markdown(text: str) -> str:
+    return re.sub(r"([\\`*_{}<>|#\[\]])", r"\\\1", text.replace("\n", " "))
+
+
+def to_latex(comparisons: Sequence[Comparison]) -> str:
+    """Write all tables as LaTeX, to be put into a document by ``\\input``."""
+    parts = ["% \\usepackage{booktabs,graphicx}"]
+    for index, comparison in enumerate(comparisons, 1):
+        for sheet, words in zip(sheets(comparison), (LEGEND.format(tied="underlined"), "", ""), strict=True):
+            caption = " ".join(_latex(text) for text in (f"{sheet.title}.", *notes(comparison)[:-1], words) if text)
+            parts.append(_latex_sheet(sheet, caption, f"tab:ood-{index}-{sheet.title.split(',')[0].split()[0].lower()}"))
+    return "\n\n".join(parts) + "\n"
+
+
+def _latex_sheet(sheet: Sheet, caption: str, label: str) -> str:
+    marked = {"best": "\\textbf{{{}}}", "tied": "\\underline{{{}}}", "": "{}"}
+    columns = "l" * sheet.names + "r" * (len(sheet.header) - sheet.names)
+    lines, before = [], None
+    for row in sheet.rows:
+        if before not in (None, row[0].text):
+            lines.append("\\addlinespace")
+        before = row[0].text
+        cells = []
+        for cell in row:
+            value, interval = re.fullmatch(r"(.*?)( ?\[.*\])?", cell.text).groups()  # type: ignore[union-attr]
+            cells.append(marked[cell.mark].format(_latex(value)) + (f"{{\\tiny {interval}}}" if interval else ""))
+        lines.append(" & ".join(cells) + " \\\\")
+    return "\n".join(
+        [
+            "\\begin{table}[tbp]",
+            "\\centering",
+            f"\\caption{{{caption}}}",
+            f"\\label{{{label}}}",
+            "\\resizebox{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}{!}{%",
+            f"\\begin{{tabular}}{{{columns}}}",
+            "\\toprule",
+            " & ".join(map(_latex, sheet.header)) + " \\\\",
+            "\\midrule",
+            *lines,
+            "\\bottomrule",
+            "\\end{tabular}}",
+            "\\end{table}",
+        ]
+    )
+
+
+LATEX = {"\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}", "±": "$\\pm$", "†": "$\\dagger$"}
+LATEX |= {"≥": "$\\geq$", "–": "--", "<": "$<$", ">": "$>$", "|": "$|$"} | {sign: f"\\{sign}" for sign in "&%$#_{}"}
+
+
+def _latex(text: str) -> str:
+    return "".join(LATEX.get(sign, sign) for sign in text)
+
+
+def to_csv(comparisons: Sequence[Comparison]) -> str:
+    """Write a line for each table, setting, score and OOD set or mean over sets; metrics are fractions."""
+    rows = [
+        {"table": index, "experiment": entry.runs[0].results["experiment"], "method": entry.method}
+        | {"score": entry.score, "outliers": entry.outliers, "seeds": len(entry.runs)}
+        | {"ood_set": column, "group": comparison.sets.get(column, column), "sets": numbers.get("sets", 1)}
+        | {key: numbers[key] for metric in HEADLINE for key in _keys(metric) if key in numbers}
+        | dict(entry.accuracy)
+        | vars(entry.cost)
+        | {"rule": comparison.rule}
+        for index, comparison in enumerate(comparisons, 1)
+        for entry in comparison.entries
+        for column, numbers in entry.numbers.items()
+    ]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns_of(rows), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _keys(metric: str) -> list[str]:
+    return [metric, *(f"{metric}_{end}" for end in ("std", "low", "high"))]
