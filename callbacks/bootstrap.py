@@ -1,7 +1,7 @@
 """Confidence bounds of the headline metrics."""
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from callbacks.metrics import Counts, MetricRules, Ranking, headline
 
@@ -51,11 +51,10 @@ def redraw(
     return {metric: np.array([draw[metric] for draw in draws]) for metric in draws[0]}
 
 
-def bounds(draws: ArrayLike, confidence: float) -> tuple[float, float]:
+def bounds(draws: NDArray[np.float64], confidence: float) -> tuple[float, float]:
     """Return the values that leave as many of the (R,) replicates below as above, and ``confidence`` between them."""
     if not 0 < confidence < 1:
         raise ValueError(f"confidence is a share in (0, 1), for example 0.95, got {confidence}")
     tail = (1 - confidence) / 2
     low, high = np.quantile(draws, (tail, 1 - tail))
     return float(low), float(high)
-

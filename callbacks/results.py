@@ -95,7 +95,7 @@ def summarize(
                     values["oracle_f1"] = float(operating_points(known, unknown, name, num_classes)["macro_f1"].max())
                 measured.append(values)
             rows.append(row | _over_drawings(measured))
-    means = [
+    means: list[dict[str, Any]] = [
         {"score": name, "group": group, "sets": len(members)}
         | {metric: float(np.mean([row[metric] for row in members])) for metric in HEADLINE}
         | _bounds_of_mean([redrawn.get((name, row["ood_set"])) for row in members], confidence)
@@ -146,9 +146,7 @@ def _bounded(draws: Mapping[str, NDArray[np.float64]], confidence: float) -> dic
     return {f"{metric}_{side}": pair[i] for metric, pair in pairs.items() for i, side in enumerate(("low", "high"))}
 
 
-def _bounds_of_mean(
-    members: Sequence[Mapping[str, NDArray[np.float64]] | None], confidence: float
-) -> dict[str, float]:
+def _bounds_of_mean(members: Sequence[Mapping[str, NDArray[np.float64]] | None], confidence: float) -> dict[str, float]:
     """Bound the mean over the sets of a group; not where one was drawn from repeatedly, or nothing was redrawn."""
     known = [draws for draws in members if draws is not None]
     if len(known) < len(members):

@@ -268,7 +268,7 @@ def differences(old: Any, new: Any, path: str = "") -> str:
 
 
 def _uncounted(record: dict[str, Any]) -> int:
-    """Count the starts that were killed, or of before there were ``seconds``: whose time is not, or not all, in them."""
+    """Count the starts whose time is not all in ``seconds``: killed ones, and those of before it was kept."""
     if "seconds" not in record:
         return len(record.get("starts", []))
     return record["uncounted"] + (record["status"] == "running")

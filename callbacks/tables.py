@@ -59,7 +59,7 @@ def results_table(runs: Sequence[Mapping[str, Any]]) -> Table:
 def over_seeds(runs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Join runs of one setting, which differ in their seed: metrics become mean and ``_std`` (over n - 1).
 
-    This takes the place of what a run says of repeated drawings from an OOD set, and of the bounds of one seed.
+    This takes the place of what a run says of repeated drawings from an OOD set. Bounds of one seed are averaged.
     """
     joined: list[Mapping[str, Any]] = []
     for setting in dict.fromkeys(map(setting_of, runs)):
@@ -88,8 +88,11 @@ def _averaged(runs: Sequence[Sequence[Mapping[str, Any]]], keys: Sequence[str]) 
         row = {key: same[0][key] for key in keys}
         if any(row[key] != other[key] for other in same for key in keys):
             raise ValueError("rows about something else")
-        for metric in [*HEADLINE, *["macro_f1"] * all("macro_f1" in row for row in same)]:
-            row |= _mean_and_std(metric, [row[metric] for row in same])
+        for metric in [*HEADLINE, *["macro_f1"] * all("macro_f1" in other for other in same)]:
+            row |= _mean_and_std(metric, [other[metric] for other in same])
+            for end in (f"{metric}_low", f"{metric}_high"):
+                if all(end in other for other in same):
+                    row[end] = float(np.mean([other[end] for other in same]))
         averaged.append(row)
     return averaged
 

@@ -14,7 +14,9 @@ from experiments.reports.sheets import print_console, to_csv, to_latex, to_markd
 
 def report(args: Sequence[str]) -> None:
     """``report [FOLDER...]``: compare runs, as a page, Markdown, LaTeX and CSV; default: all below checkpoints."""
-    parser = argparse.ArgumentParser(prog="python -m experiments report", description=report.__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments report", description=report.__doc__, allow_abbrev=False
+    )
     parser.add_argument("folders", nargs="*", type=Path, metavar="FOLDER", help="a run folder, or a folder of them")
     parser.add_argument("--output", type=Path, help="where the files go; default: report, below checkpoints")
     options = parser.parse_args(args)

@@ -63,7 +63,7 @@ def histogram(known: Scores, unknown: Scores, tau: float, bins: int = 40) -> Mar
 
 def _corners(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.int64]:
     """Keep the first and last point, those where a curve turns, and of many those that lie far apart."""
-    turns = np.flatnonzero((np.diff(x[:-1]) * np.diff(y[1:]) != np.diff(x[1:]) * np.diff(y[:-1])))
+    turns = np.flatnonzero(np.diff(x[:-1]) * np.diff(y[1:]) != np.diff(x[1:]) * np.diff(y[:-1]))
     kept = np.concatenate([[0], turns + 1, [len(x) - 1]])
     if len(kept) <= POINTS:
         return kept

@@ -74,7 +74,20 @@ class Comparison:
     @property
     def settings(self) -> dict[str, list[Entry]]:
         """Method, as entries are called -> its entries."""
-        return {name: [e for e in self.entries if e.method == name] for name in dict.fromkeys(e.method for e in self.entries)}
+        return {
+            name: [e for e in self.entries if e.method == name]
+            for name in dict.fromkeys(e.method for e in self.entries)
+        }
+
+    @property
+    def from_shared_weights(self) -> list[str]:
+        """Methods of several seeds that all start from the same weights."""
+        found = []
+        for name, entries in self.settings.items():
+            starts = [run.record.get("weights") for run in entries[0].runs]
+            if len(starts) > 1 and starts[0] and all(start == starts[0] for start in starts):
+                found.append(name)
+        return found
 
     @property
     def partial(self) -> bool:
@@ -84,13 +97,13 @@ class Comparison:
     def marks(self, column: str, metric: str) -> list[str]:
         """Mark, for each entry, the ``best`` number of a column, and as ``tied`` those whose interval meets its own."""
         sign = -1 if metric in LOWER_IS_BETTER else 1
-        spans = [_span(entry.numbers[column], metric, sign) if column in entry.numbers else None for entry in self.entries]
+        spans = [
+            _span(entry.numbers[column], metric, sign) if column in entry.numbers else None for entry in self.entries
+        ]
         best = max((span for span in spans if span is not None), key=lambda span: span[1], default=None)
         if best is None:
             return [""] * len(spans)
-        return [
-            "" if span is None or span[2] < best[0] else "best" if span[1] == best[1] else "tied" for span in spans
-        ]
+        return ["" if span is None or span[2] < best[0] else "best" if span[1] == best[1] else "tied" for span in spans]
 
 
 def compare(runs: Sequence[Run]) -> tuple[list[Comparison], dict[Path, str]]:
@@ -98,10 +111,9 @@ def compare(runs: Sequence[Run]) -> tuple[list[Comparison], dict[Path, str]]:
     problems: dict[Path, str] = {}
     tables: list[list[Run]] = []
     for run in runs:
-        same = [other for other in runs if setting_of(other.results) == setting_of(run.results)]
-        first = next(other for other in same if other.results["seed"] == run.results["seed"])
-        if run is not first and _comparable(run, first):
-            problems[run.folder] = f"it has the setting and the seed of {first.folder}, which counts once"
+        first = next(other for other in runs if other is run or _repeats(run, other))
+        if run is not first:
+            problems[run.folder] = f"it repeats {first.folder}: the same setting, and the same seed or weights"
             continue
         table = next((table for table in tables if all(_comparable(run, other) for other in table)), None)
         if table is None:
@@ -115,6 +127,13 @@ def compare(runs: Sequence[Run]) -> tuple[list[Comparison], dict[Path, str]]:
         if comparison is not None:
             comparisons.append(comparison)
     return comparisons, problems
+
+
+def _repeats(run: Run, other: Run) -> bool:
+    """Whether two runs are no two seeds of a setting."""
+    here, there = run.results, other.results
+    same = any(here[key] == there[key] for key in ("seed", "weights_sha256"))
+    return same and setting_of(here) == setting_of(there) and _comparable(run, other)
 
 
 def _comparable(run: Run, other: Run) -> bool:
@@ -141,7 +160,8 @@ def _tabulate(members: Sequence[Run], first: Sequence[Run]) -> tuple[Comparison 
     for run in members:
         settings.setdefault(setting_of(run.results), []).append(run)
     names = _names(list(settings.values()))
-    entries, problems = [], {}
+    entries: list[Entry] = []
+    problems: dict[Path, str] = {}
     for name, seeds in zip(names, settings.values(), strict=True):
         try:
             (joined,) = over_seeds([{**run.results, "means": _means(run)} for run in seeds])
@@ -216,15 +236,14 @@ def _scores(results: Mapping[str, Any]) -> list[str]:
 
 
 def _outliers(results: Mapping[str, Any]) -> str:
-    return "none" if results["outliers"] is None else "{size:,} images of {source}, {feed}".format_map(results["outliers"])
+    return (
+        "none" if results["outliers"] is None else "{size:,} images of {source}, {feed}".format_map(results["outliers"])
+    )
 
 
 def _span(numbers: Numbers, metric: str, sign: int) -> tuple[float, float, float]:
-    """Return lower end, value and upper end, where more is better; the ends are the value where nothing is known."""
-    value = numbers[metric]
-    if f"{metric}_std" in numbers:
-        ends = value - numbers[f"{metric}_std"], value + numbers[f"{metric}_std"]
-    else:
-        ends = numbers.get(f"{metric}_low", value), numbers.get(f"{metric}_high", value)
-    low, high = sorted(sign * end for end in ends)
-    return low, sign * value, high
+    """Return lower end, value and upper end, where more is better: as far as seeds or test images let it vary."""
+    value, std = numbers[metric], numbers.get(f"{metric}_std", 0.0)
+    bounds = [numbers[end] for end in (f"{metric}_low", f"{metric}_high") if end in numbers]
+    ends = [sign * end for end in (value - std, value + std, *bounds)]
+    return min(ends), sign * value, max(ends)

@@ -61,6 +61,13 @@ class Images:
                 raise ValueError(f"the images of {name} are no longer those that the run was tested on")
         return data
 
+    def classes(self, run: Run) -> list[str]:
+        """Name the ID classes of a run; none where its data is not there."""
+        try:
+            return self.of(run).classes
+        except (ValueError, OSError):
+            return []
+
 
 def _load(config: Any) -> OODDataModule:
     parser = ArgumentParser(exit_on_error=False)

@@ -10,7 +10,8 @@ for (const table of document.querySelectorAll("table.results")) {
 
   const sort = (column) => {
     const header = headers[column];
-    const down = header.getAttribute("aria-sort") === "ascending";
+    const before = header.getAttribute("aria-sort");
+    const down = before ? before === "ascending" : "down" in header.dataset; // at first, the best on top
     for (const other of headers) other.removeAttribute("aria-sort");
     header.setAttribute("aria-sort", down ? "descending" : "ascending");
     const rows = [...body.rows].sort((a, b) => {

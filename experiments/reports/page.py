@@ -29,13 +29,14 @@ def to_html(comparisons: Sequence[Comparison], beside: Sequence[Beside], problem
         loader=jinja2.FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     images = Images()
+    tables = [_table(comparison, images) for comparison in comparisons]
     return environment.get_template("page.html").render(
         style=(HERE / "page.css").read_text(encoding="utf-8"),
         script=(HERE / "page.js").read_text(encoding="utf-8"),
-        question=question(comparisons[0]),
+        question=question(comparisons[0], images.classes(comparisons[0].entries[0].runs[0])),
         readings=readings(comparisons[0]),
         legend=LEGEND.format(tied="underlined"),
-        tables=[_table(comparison, images) for comparison in comparisons],
+        tables=tables,
         beside=beside,
         problems=problems,
     )
@@ -70,10 +71,7 @@ def _rows(comparison: Comparison) -> list[dict[str, Any]]:
                 _cell(number(entry, *key), entry.numbers.get(key[0], {}).get(key[1]), mark[i])
                 for key, mark in marks.items()
             ],
-            "costs": [
-                _cell(text, value)
-                for text, value in zip(costs(entry), _values(entry), strict=True)
-            ],
+            "costs": [_cell(text, value) for text, value in zip(costs(entry), _values(entry), strict=True)],
         }
         for i, entry in enumerate(comparison.entries)
     ]
@@ -95,7 +93,12 @@ def _picture(name: str, entries: Sequence[Entry], images: Images) -> dict[str, A
     """Gather what is to be seen of a method: by its first seed, and of its scores the one of largest mean AUROC."""
     run = entries[0].runs[0]
     best = max(entries, key=lambda entry: entry.numbers["all"]["auroc"])
-    picture: dict[str, Any] = {"name": entries[0].label, "score": best.score, "of": len(entries), "run": run.results["name"]}
+    picture: dict[str, Any] = {
+        "name": entries[0].label,
+        "score": best.score,
+        "of": len(entries),
+        "run": run.results["name"],
+    }
     picture["figures"] = figures(run.folder)
     try:
         samples = Samples.load(run.folder / "scores.npz")
@@ -121,7 +124,7 @@ def _charts(comparison: Comparison, pictures: Sequence[Mapping[str, Any]]) -> li
     found = []
     for ood_set, group in comparison.sets.items():
         drawn = [p for p in pictures if "samples" in p and ood_set in p["samples"].ood_sets]
-        pairs = [tuple(p["samples"].of(name).scores[p["score"]] for name in ("id", ood_set)) for p in drawn]
+        pairs = [(p["samples"].of("id").scores[p["score"]], p["samples"].of(ood_set).scores[p["score"]]) for p in drawn]
         if pairs:
             found.append(
                 {
@@ -129,7 +132,8 @@ def _charts(comparison: Comparison, pictures: Sequence[Mapping[str, Any]]) -> li
                     "group": group,
                     "roc": roc_chart(pairs),
                     "histograms": [
-                        (p["name"], p["score"], histogram(*pair, p["tau"])) for p, pair in zip(drawn, pairs, strict=True)
+                        (p["name"], p["score"], histogram(*pair, p["tau"]))
+                        for p, pair in zip(drawn, pairs, strict=True)
                     ],
                 }
             )
@@ -150,7 +154,9 @@ def _run(run: Run) -> dict[str, Any]:
     }
     for part, file in (record.get("weights") or results.get("weights") or {}).items():
         facts[f"weights of {part}"] = f"{file.get('source')} ({file.get('file')}, SHA-256 {file.get('sha256')})"
-    facts |= {f"images of {name}": f"{split['size']:,}, {split['fingerprint']}" for name, split in results["splits"].items()}
+    facts |= {
+        f"images of {name}": f"{split['size']:,}, {split['fingerprint']}" for name, split in results["splits"].items()
+    }
     for name, count in ((results["outliers"] or {}).get("duplicates") or {}).items():
         facts[f"outliers also in {name}"] = count
     if results["id_accuracy"] is not None:

@@ -76,7 +76,8 @@ PUBLISHED = (
         experiments=("unleashing_mask/estimate_cifar10", "classifier/cifar10_densenet"),
         floor=False,
         values=_row((92.07, 0.22), (92.72, 0.39), (42.69, 1.31), (94.01, 0.08)),
-        differences=COMMON + "The run of the classifier tests the checkpoint that is best on held-out images, that of the "
+        differences=COMMON
+        + "The run of the classifier tests the checkpoint that is best on held-out images, that of the "
         "estimate the last one.",
         **UNLEASHING_MASK,
     ),
@@ -110,7 +111,11 @@ PUBLISHED = (
 def beside(comparisons: Sequence[Comparison]) -> list[Beside]:
     """Put our entries beside the published rows that they reproduce."""
     return [
-        _beside(row, entry) for row in PUBLISHED for table in comparisons for entry in table.entries if _same(row, entry)
+        _beside(row, entry)
+        for row in PUBLISHED
+        for table in comparisons
+        for entry in table.entries
+        if _same(row, entry)
     ]
 
 
@@ -129,7 +134,9 @@ def _beside(row: Published, entry: Entry) -> Beside:
     }
     results, said = entry.runs[0].results, row.differences
     rows = [r for r in results["rows"] if r["score"] == entry.score]
-    said += f" Ours: {len(entry.runs)} seed{'s' * (len(entry.runs) > 1)}; OOD sets {', '.join(r['ood_set'] for r in rows)}."
+    said += (
+        f" Ours: {len(entry.runs)} seed{'s' * (len(entry.runs) > 1)}; OOD sets {', '.join(r['ood_set'] for r in rows)}."
+    )
     if results["metric_rules"]["preset"] != row.rules:
         said += f" Ours reads the metrics as {results['metric_rules']['preset']}, the source as {row.rules}."
     if results["truncated"]:

@@ -63,7 +63,17 @@ def _touch(results: dict[str, Any]) -> None:
     """Read all that a comparison reads, so that what is missing is missed here."""
     describe(results)
     setting_of(results)
-    for key in ("experiment", "name", "method", "seed", "id_accuracy", "outliers", "configuration", "num_classes"):
+    for key in (
+        "experiment",
+        "name",
+        "method",
+        "seed",
+        "id_accuracy",
+        "outliers",
+        "configuration",
+        "num_classes",
+        "weights_sha256",
+    ):
         results[key]
     for row in results["rows"]:
         row["score"], row["group"], row["id_count"], row["ood_count"], results["splits"][row["ood_set"]]["fingerprint"]

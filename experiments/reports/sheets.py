@@ -19,7 +19,8 @@ from experiments.reports.published import Beside
 METRICS = {"auroc": "AUROC, % (higher is better)", "fpr95": "FPR95, % (lower is better)"}
 LEGEND = (
     "One seed: [bounds] of a bootstrap over the test images; several: mean ± standard deviation over the seeds. "
-    "Best of a column: bold. Tied, for the interval meets that of the best: {tied}. † trained with outliers."
+    "Best of a column: bold. Tied with it, for their intervals meet, over seeds or of the bootstrap: {tied}. "
+    "† trained with outliers."
 )
 UNKNOWN = "–"
 
@@ -83,10 +84,14 @@ def notes(comparison: Comparison) -> list[str]:
     said = [comparison.apart, f"{comparison.rule}."]
     if comparison.partial:
         said.append(f"{UNKNOWN} in place of a mean: the method was not tested on all sets of the group.")
-    machines = {machine for entry in comparison.entries for run in entry.runs for machine in hardware(run.results, run.record)}
+    if shared := comparison.from_shared_weights:
+        said.append(f"The seeds of {', '.join(shared)} start from the same weights, so ± leaves out how these vary.")
+    machines = {
+        machine for entry in comparison.entries for run in entry.runs for machine in hardware(run.results, run.record)
+    }
     said.append(
-        "Seconds to fit are those of the run alone, without the training of weights that it starts from; milliseconds are "
-        f"those of network and score in a batch. Times were taken on: {', '.join(sorted(machines))}."
+        "Seconds to fit are those of the run alone, without the training of weights that it starts from; milliseconds "
+        f"are those of network and score in a batch. Times were taken on: {', '.join(sorted(machines))}."
     )
     return [text for text in said if text]
 
@@ -120,10 +125,17 @@ def _print_sheet(console: Console, sheet: Sheet) -> None:
     table = Table(title=sheet.title)
     for i, heading in enumerate(sheet.header):
         table.add_column(escape(heading), justify="left" if i < sheet.names else "right", no_wrap=i < 2)
-    for row in sheet.rows:
-        marked = {"best": "[bold]{}[/bold]", "tied": "≈ {}", "": "{}"}
-        table.add_row(*(marked[cell.mark].format(escape(cell.text)) for cell in row))
+    marked = {"best": "[bold]{}[/bold]", "tied": "≈ {}", "": "{}"}
+    for row, first in zip(sheet.rows, _firsts(sheet), strict=True):
+        cells = [marked[cell.mark].format(escape(cell.text)) for cell in row]
+        table.add_row(cells[0] if first else "", *cells[1:])
     console.print(table)
+
+
+def _firsts(sheet: Sheet) -> list[bool]:
+    """Tell, for each row, whether it is the first of its method."""
+    names = [row[0].text for row in sheet.rows]
+    return [i == 0 or names[i - 1] != name for i, name in enumerate(names)]
 
 
 def beside_sheet(beside: Sequence[Beside]) -> Sheet:
@@ -170,29 +182,32 @@ def to_latex(comparisons: Sequence[Comparison]) -> str:
     for index, comparison in enumerate(comparisons, 1):
         for sheet, words in zip(sheets(comparison), (LEGEND.format(tied="underlined"), "", ""), strict=True):
             caption = " ".join(_latex(text) for text in (f"{sheet.title}.", *notes(comparison)[:-1], words) if text)
-            parts.append(_latex_sheet(sheet, caption, f"tab:ood-{index}-{sheet.title.split(',')[0].split()[0].lower()}"))
+            parts.append(
+                _latex_sheet(sheet, caption, f"tab:ood-{index}-{sheet.title.split(',')[0].split()[0].lower()}")
+            )
     return "\n\n".join(parts) + "\n"
 
 
 def _latex_sheet(sheet: Sheet, caption: str, label: str) -> str:
     marked = {"best": "\\textbf{{{}}}", "tied": "\\underline{{{}}}", "": "{}"}
     columns = "l" * sheet.names + "r" * (len(sheet.header) - sheet.names)
-    lines, before = [], None
-    for row in sheet.rows:
-        if before not in (None, row[0].text):
+    lines: list[str] = []
+    for row, first in zip(sheet.rows, _firsts(sheet), strict=True):
+        if first and lines:
             lines.append("\\addlinespace")
-        before = row[0].text
         cells = []
         for cell in row:
             value, interval = re.fullmatch(r"(.*?)( ?\[.*\])?", cell.text).groups()  # type: ignore[union-attr]
-            cells.append(marked[cell.mark].format(_latex(value)) + (f"{{\\tiny {interval}}}" if interval else ""))
-        lines.append(" & ".join(cells) + " \\\\")
+            interval = f"\\,{{\\tiny {interval.strip()}}}" if interval else ""
+            cells.append(marked[cell.mark].format(_latex(value)) + interval)
+        lines.append(" & ".join([cells[0] if first else "", *cells[1:]]) + " \\\\")
     return "\n".join(
         [
             "\\begin{table}[tbp]",
             "\\centering",
             f"\\caption{{{caption}}}",
             f"\\label{{{label}}}",
+            "\\medskip",
             "\\resizebox{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}{!}{%",
             f"\\begin{{tabular}}{{{columns}}}",
             "\\toprule",
@@ -206,7 +221,13 @@ def _latex_sheet(sheet: Sheet, caption: str, label: str) -> str:
     )
 
 
-LATEX = {"\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}", "±": "$\\pm$", "†": "$\\dagger$"}
+LATEX = {
+    "\\": "\\textbackslash{}",
+    "~": "\\textasciitilde{}",
+    "^": "\\textasciicircum{}",
+    "±": "$\\pm$",
+    "†": "$\\dagger$",
+}
 LATEX |= {"≥": "$\\geq$", "–": "--", "<": "$<$", ">": "$>$", "|": "$|$"} | {sign: f"\\{sign}" for sign in "&%$#_{}"}
 
 

@@ -1,5 +1,6 @@
 """What a newcomer reads first: what was asked, how to read the numbers, and who won where."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from callbacks.tables import percent
@@ -8,23 +9,23 @@ from experiments.reports.comparison import Comparison, Entry
 Words = list[tuple[str, str]]
 
 
-def question(comparison: Comparison) -> str:
-    """Say what the networks were trained on, and what they were then shown."""
+def question(comparison: Comparison, classes: Sequence[str]) -> str:
+    """Say what the networks were trained on, and what they were then shown; ``classes`` may be unknown, and empty."""
     results = comparison.entries[0].runs[0].results
     data = results["configuration"].get("data") or {}
     name = data.get("class_path", "the ID data").rsplit(".", 1)[-1]
     version = (data.get("init_args") or {}).get("version")
     name += f"-{version}" if version else ""
-    classes = results["num_classes"]
-    learned = f"to tell {classes} classes of {name} apart" if classes else f"on images of {name}"
-    if results["known"]:
-        learned += f", the first {classes} of the data set"
+    count, learned = results["num_classes"], f"on images of {name}"
+    if count:
+        learned = f"to tell {count} classes of {name} apart"
+        learned += f" ({', '.join(classes)})" if 0 < len(classes) <= 12 else ""
     groups = {
         "near": "near ones, which resemble the training images",
         "far": "far ones, which do not",
     }
     shown = [
-        f"{words} ({', '.join(members)})"
+        f"{words} ({', '.join(map(_explain, members))})"
         for group, words in groups.items()
         if (members := [ood for ood, of in comparison.sets.items() if of == group])
     ]
@@ -32,6 +33,10 @@ def question(comparison: Comparison) -> str:
         f"Networks were trained {learned}. Then they were shown images of none of these classes: {'; '.join(shown)}. "
         "Which method notices?"
     )
+
+
+def _explain(ood_set: str) -> str:
+    return "unknown: the classes that were left out" if ood_set == "unknown" else ood_set
 
 
 def readings(comparison: Comparison) -> Words:
@@ -59,18 +64,20 @@ def winners(comparison: Comparison) -> list[dict[str, Any]]:
     for group in ("near", "far"):
         if group not in comparison.columns:
             continue
-        marks = comparison.marks(group, "auroc")
-        best = [entry for entry, mark in zip(comparison.entries, marks, strict=True) if mark == "best"]
-        tied = [entry for entry, mark in zip(comparison.entries, marks, strict=True) if mark == "tied"]
+        marked = list(zip(comparison.entries, comparison.marks(group, "auroc"), strict=True))
+        best = [entry for entry, mark in marked if mark == "best"]
         if not best:
             continue
+        numbers = best[0].numbers[group]
+        members = [name for name, of in comparison.sets.items() if of == group]
         found.append(
             {
-                "group": comparison.columns[group],
-                "name": " and ".join(_call(entry) for entry in best),
-                "auroc": percent(best[0].numbers[group], "auroc"),
-                "fpr95": percent(best[0].numbers[group], "fpr95"),
-                "tied": [_call(entry) for entry in tied],
+                "group": f"{group}: {'mean of ' if len(members) > 1 else ''}{', '.join(members)}",
+                "name": _call(best),
+                "auroc": percent(numbers, "auroc"),
+                "fpr95": percent(numbers, "fpr95"),
+                "tied": _call([entry for entry, mark in marked if mark == "tied"]),
+                "sure": "auroc_std" in numbers or "auroc_low" in numbers,
                 "honest": _without_outliers(comparison, group) if best[0].outliers != "none" else "",
             }
         )
@@ -82,9 +89,12 @@ def _without_outliers(comparison: Comparison, group: str) -> str:
     if not entries:
         return ""
     best = max(entries, key=lambda entry: entry.numbers[group]["auroc"])
-    return f"{_call(best)}, {percent(best.numbers[group], 'auroc')}"
+    return f"{_call([best])}, {percent(best.numbers[group], 'auroc')}"
 
 
-def _call(entry: Entry) -> str:
-    return f"{entry.label}, {entry.score}"
-
+def _call(entries: Sequence[Entry]) -> str:
+    """Name methods with their scores."""
+    scores: dict[str, list[str]] = {}
+    for entry in entries:
+        scores.setdefault(entry.label, []).append(entry.score)
+    return ", ".join(f"{method} ({', '.join(names)})" for method, names in scores.items())
