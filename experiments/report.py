@@ -20,10 +20,10 @@ def report(args: Sequence[str]) -> None:
     parser.add_argument("folders", nargs="*", type=Path, metavar="FOLDER", help="a run folder, or a folder of them")
     parser.add_argument("--output", type=Path, help="where the files go; default: report, below checkpoints")
     options = parser.parse_args(args)
-    write_report(options.folders or [CHECKPOINTS], options.output or CHECKPOINTS / "report")
+    write_report(options.folders or [CHECKPOINTS], options.output)
 
 
-def write_report(folders: Sequence[Path], output: Path) -> None:
+def write_report(folders: Sequence[Path], output: Path | None = None) -> None:
     """Compare the runs at or below some folders: write ``report.html``, ``.md``, ``.tex``, ``.csv``, print the table.
 
     Raises:
@@ -38,6 +38,7 @@ def write_report(folders: Sequence[Path], output: Path) -> None:
         reasons = "\n".join(f"  {folder}: {problem}" for folder, problem in problems.items())
         raise ValueError(f"there is nothing to compare; make a run first, for example with make demo\n{reasons}")
     published = beside(comparisons)
+    output = output or CHECKPOINTS / "report"
     output.mkdir(parents=True, exist_ok=True)
     texts = {
         "report.md": to_markdown(comparisons, published, problems),

@@ -10,7 +10,6 @@ from typing import Any, get_args
 
 from pytorch_lightning.cli import LightningCLI
 
-from backbones.weights import CHECKPOINTS
 from callbacks.compatibility import Compatibility
 from callbacks.frozen_features import FrozenFeatures
 from callbacks.metrics import PRESETS, metric_rules
@@ -41,7 +40,7 @@ def demo(args: Sequence[str]) -> None:
         print(
             f"{folder}: results.json, results.csv, scores.npz, figures/, best.ckpt or last.ckpt, config.yaml, log.txt"
         )
-    write_report(folders, CHECKPOINTS / "report")
+    write_report(folders)
 
 
 def metrics(args: Sequence[str]) -> None:

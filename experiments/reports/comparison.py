@@ -24,7 +24,8 @@ class Entry:
         method: what the line is called: the class of the method and, where several settings have the same, which one.
         score: name of the score.
         outliers: the auxiliary outliers that training used, in words, or ``none``.
-        numbers: column -> metrics; a column is an OOD set, or ``near``, ``far`` or ``all``, means over sets.
+        numbers: column -> metrics; a column is an OOD set, or the mean over a group, where all its sets were tested.
+        overall: metrics, mean over the OOD sets that were tested.
         accuracy: ``id_accuracy``, and over several seeds ``id_accuracy_std``; empty for a method without classes.
         cost: what it took.
         runs: one for each seed.
@@ -34,6 +35,7 @@ class Entry:
     score: str
     outliers: str
     numbers: Mapping[str, Numbers]
+    overall: Numbers
     accuracy: Mapping[str, float]
     cost: Cost
     runs: tuple[Run, ...]
@@ -61,14 +63,19 @@ class Comparison:
     entries: tuple[Entry, ...]
 
     @property
+    def groups(self) -> dict[str, list[str]]:
+        """``near`` and ``far``, as far as there are any -> their sets."""
+        found = {group: [name for name, of in self.sets.items() if of == group] for group in ("near", "far")}
+        return {group: members for group, members in found.items() if members}
+
+    @property
     def columns(self) -> dict[str, str]:
         """Column -> heading: for each group its mean, then its sets where there are several."""
         found = {}
-        for group in ("near", "far"):
-            members = [name for name, of in self.sets.items() if of == group]
-            if members:
-                found[group] = f"{group}: {members[0]}" if len(members) == 1 else f"{group}: mean of {len(members)}"
-            found |= {name: name for name in members if len(members) > 1}
+        for group, members in self.groups.items():
+            several = len(members) > 1
+            found[mean_of(group)] = f"{group}: mean of {len(members)}" if several else f"{group}: {members[0]}"
+            found |= {name: name for name in members if several}
         return found
 
     @property
@@ -92,7 +99,7 @@ class Comparison:
     @property
     def partial(self) -> bool:
         """Whether an entry lacks a mean, having been tested on some of the sets only."""
-        return any(group not in entry.numbers for entry in self.entries for group in set(self.sets.values()))
+        return any(mean_of(group) not in entry.numbers for entry in self.entries for group in self.groups)
 
     def marks(self, column: str, metric: str) -> list[str]:
         """Mark, for each entry, the ``best`` number of a column, and as ``tied`` those whose interval meets its own."""
@@ -104,6 +111,11 @@ class Comparison:
         if best is None:
             return [""] * len(spans)
         return ["" if span is None or span[2] < best[0] else "best" if span[1] == best[1] else "tied" for span in spans]
+
+
+def mean_of(group: str) -> str:
+    """Name the column of the mean over a group."""
+    return f"{group} (mean)"
 
 
 def compare(runs: Sequence[Run]) -> tuple[list[Comparison], dict[Path, str]]:
@@ -177,17 +189,16 @@ def _tabulate(members: Sequence[Run], first: Sequence[Run]) -> tuple[Comparison 
 
 
 def _entry(method: str, score: str, joined: Mapping[str, Any], seeds: Sequence[Run], sets: Mapping[str, str]) -> Entry:
-    of_group = {group: sum(of == group for of in sets.values()) for group in ("near", "far")} | {"all": len(sets)}
-    rows = {row["ood_set"]: row for row in joined["rows"] if row["score"] == score}
-    means = {
-        row["group"]: row for row in joined["means"] if row["score"] == score and row["sets"] == of_group[row["group"]]
-    }
-    for group in ("near", "far"):  # the mean of a single set is that set, bounds and all
+    numbers = {row["ood_set"]: row for row in joined["rows"] if row["score"] == score}
+    means = {row["group"]: row for row in joined["means"] if row["score"] == score}
+    overall = means.pop("all")
+    for group, mean in means.items():
         members = [name for name, of in sets.items() if of == group]
-        if len(members) == 1 and members[0] in rows:
-            means[group] = rows[members[0]]
+        if mean["sets"] == len(members):  # the mean of a single set is that set, bounds and all
+            numbers[mean_of(group)] = mean if len(members) > 1 else numbers[members[0]]
     accuracy = {key: value for key in ("id_accuracy", "id_accuracy_std") if (value := joined.get(key)) is not None}
-    return Entry(method, score, _outliers(joined), rows | means, accuracy, cost_of(seeds, score), tuple(seeds))
+    cost = cost_of(seeds, score)
+    return Entry(method, score, _outliers(joined), numbers, overall, accuracy, cost, tuple(seeds))
 
 
 def _means(run: Run) -> list[Numbers]:

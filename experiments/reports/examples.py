@@ -50,7 +50,7 @@ class Images:
         key = json.dumps(config, sort_keys=True)
         if key not in self._loaded:
             try:
-                self._loaded[key] = _load(config)
+                self._loaded[key] = _load(json.loads(key))  # a copy: the parser changes what it is given
             except (ValueError, OSError, ImportError) as error:
                 self._loaded[key] = str(error)
         data = self._loaded[key]

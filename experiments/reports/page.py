@@ -92,7 +92,7 @@ def _cell(text: str, value: Any, mark: str = "") -> dict[str, Any]:
 def _picture(name: str, entries: Sequence[Entry], images: Images) -> dict[str, Any]:
     """Gather what is to be seen of a method: by its first seed, and of its scores the one of largest mean AUROC."""
     run = entries[0].runs[0]
-    best = max(entries, key=lambda entry: entry.numbers["all"]["auroc"])
+    best = max(entries, key=lambda entry: entry.overall["auroc"])
     picture: dict[str, Any] = {
         "name": entries[0].label,
         "score": best.score,

@@ -127,7 +127,7 @@ def _same(row: Published, entry: Entry) -> bool:
 
 
 def _beside(row: Published, entry: Entry) -> Beside:
-    ours = {**entry.numbers["all"], **entry.accuracy}
+    ours = {**entry.overall, **entry.accuracy}
     values = {
         TITLES[metric]: (f"{100 * mean:.2f} ({100 * std:.2f})", percent(ours, metric) if metric in ours else "–")
         for metric, (mean, std) in row.values.items()

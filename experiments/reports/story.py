@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from callbacks.tables import percent
-from experiments.reports.comparison import Comparison, Entry
+from experiments.reports.comparison import Comparison, Entry, mean_of
 
 Words = list[tuple[str, str]]
 
@@ -24,11 +24,7 @@ def question(comparison: Comparison, classes: Sequence[str]) -> str:
         "near": "near ones, which resemble the training images",
         "far": "far ones, which do not",
     }
-    shown = [
-        f"{words} ({', '.join(map(_explain, members))})"
-        for group, words in groups.items()
-        if (members := [ood for ood, of in comparison.sets.items() if of == group])
-    ]
+    shown = [f"{groups[group]} ({', '.join(map(_explain, members))})" for group, members in comparison.groups.items()]
     return (
         f"Networks were trained {learned}. Then they were shown images of none of these classes: {'; '.join(shown)}. "
         "Which method notices?"
@@ -61,15 +57,13 @@ def readings(comparison: Comparison) -> Words:
 def winners(comparison: Comparison) -> list[dict[str, Any]]:
     """Say, for near and far, which entry has the best AUROC, and which others cannot be told from it."""
     found = []
-    for group in ("near", "far"):
-        if group not in comparison.columns:
-            continue
-        marked = list(zip(comparison.entries, comparison.marks(group, "auroc"), strict=True))
+    for group, members in comparison.groups.items():
+        column = mean_of(group)
+        marked = list(zip(comparison.entries, comparison.marks(column, "auroc"), strict=True))
         best = [entry for entry, mark in marked if mark == "best"]
         if not best:
             continue
-        numbers = best[0].numbers[group]
-        members = [name for name, of in comparison.sets.items() if of == group]
+        numbers = best[0].numbers[column]
         found.append(
             {
                 "group": f"{group}: {'mean of ' if len(members) > 1 else ''}{', '.join(members)}",
@@ -78,18 +72,18 @@ def winners(comparison: Comparison) -> list[dict[str, Any]]:
                 "fpr95": percent(numbers, "fpr95"),
                 "tied": _call([entry for entry, mark in marked if mark == "tied"]),
                 "sure": "auroc_std" in numbers or "auroc_low" in numbers,
-                "honest": _without_outliers(comparison, group) if best[0].outliers != "none" else "",
+                "honest": _without_outliers(comparison, column) if best[0].outliers != "none" else "",
             }
         )
     return found
 
 
-def _without_outliers(comparison: Comparison, group: str) -> str:
-    entries = [entry for entry in comparison.entries if entry.outliers == "none" and group in entry.numbers]
+def _without_outliers(comparison: Comparison, column: str) -> str:
+    entries = [entry for entry in comparison.entries if entry.outliers == "none" and column in entry.numbers]
     if not entries:
         return ""
-    best = max(entries, key=lambda entry: entry.numbers[group]["auroc"])
-    return f"{_call([best])}, {percent(best.numbers[group], 'auroc')}"
+    best = max(entries, key=lambda entry: entry.numbers[column]["auroc"])
+    return f"{_call([best])}, {percent(best.numbers[column], 'auroc')}"
 
 
 def _call(entries: Sequence[Entry]) -> str:
