@@ -124,7 +124,9 @@ def print_console(comparisons: Sequence[Comparison], beside: Sequence[Beside], p
 def _print_sheet(console: Console, sheet: Sheet) -> None:
     table = Table(title=sheet.title)
     for i, heading in enumerate(sheet.header):
-        table.add_column(escape(heading), justify="left" if i < sheet.names else "right", no_wrap=i < 2)
+        table.add_column(
+            escape(heading), justify="left" if i < sheet.names else "right", overflow="fold", no_wrap=i < 2
+        )
     marked = {"best": "[bold]{}[/bold]", "tied": "≈ {}", "": "{}"}
     for row, first in zip(sheet.rows, _firsts(sheet), strict=True):
         cells = [marked[cell.mark].format(escape(cell.text)) for cell in row]
