@@ -29,7 +29,7 @@ ENTER, TAB = "\ue007", "\ue004"
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
-    """Three methods in the first table, one of them with outliers, one without costs; another protocol in the second."""
+    """Three methods in the first table, one with outliers, one without costs; another protocol in the second."""
     root = tmp_path_factory.mktemp("checkpoints")
     data = write_data(root / "images")
     splits = fingerprints(data)
