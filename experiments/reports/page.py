@@ -17,7 +17,7 @@ from experiments.reports.examples import Images, examples, threshold
 from experiments.reports.published import Beside
 from experiments.reports.runs import Run
 from experiments.reports.sheets import LEGEND, costs, notes, number
-from experiments.reports.story import question, readings, winners
+from experiments.reports.story import glossary, question, readings, winners
 
 HERE = Path(__file__).parent
 STANDARD = ("roc", "histogram_", "thresholds_")  # figures that the page draws itself, or that tables say
@@ -35,6 +35,7 @@ def to_html(comparisons: Sequence[Comparison], beside: Sequence[Beside], problem
         script=(HERE / "page.js").read_text(encoding="utf-8"),
         question=question(comparisons[0], images.classes(comparisons[0].entries[0].runs[0])),
         readings=readings(comparisons[0]),
+        glossary=glossary(comparisons),
         legend=LEGEND.format(tied="underlined"),
         tables=tables,
         beside=beside,
@@ -66,21 +67,28 @@ def _rows(comparison: Comparison) -> list[dict[str, Any]]:
         {
             "method": entry.label,
             "experiment": entry.runs[0].results["experiment"],
+            "seeds": len(entry.runs),
             "score": entry.score,
             "numbers": [
                 _cell(number(entry, *key), entry.numbers.get(key[0], {}).get(key[1]), mark[i])
                 for key, mark in marks.items()
             ],
-            "costs": [_cell(text, value) for text, value in zip(costs(entry), _values(entry), strict=True)],
+            "costs": _costs(entry),
         }
         for i, entry in enumerate(comparison.entries)
     ]
 
 
-def _values(entry: Entry) -> list[Any]:
-    """Return what the cells of ``costs`` are sorted by."""
-    cost, accuracy = entry.cost, entry.accuracy.get("id_accuracy")
-    return [entry.outliers, len(entry.runs), accuracy, cost.parameters, cost.trained, cost.seconds, cost.milliseconds]
+def _costs(entry: Entry) -> list[dict[str, Any]]:
+    outliers, _, accuracy, parameters, trained, seconds, milliseconds = costs(entry)
+    cost = entry.cost
+    return [
+        {"text": outliers, "value": outliers},
+        _cell(accuracy, entry.accuracy.get("id_accuracy")),
+        _cell(parameters, cost.parameters) | {"small": f"{trained} trained"},
+        _cell(seconds, cost.seconds),
+        _cell(milliseconds, cost.milliseconds),
+    ]
 
 
 def _cell(text: str, value: Any, mark: str = "") -> dict[str, Any]:

@@ -17,11 +17,11 @@ from experiments.reports.comparison import Comparison, Entry
 from experiments.reports.published import Beside
 
 METRICS = {"auroc": "AUROC, % (higher is better)", "fpr95": "FPR95, % (lower is better)"}
+OUTLIERS = "† trained with outliers."
 LEGEND = (
     "One seed: [bounds] of a bootstrap over the test images; several: mean ± standard deviation over the seeds. "
     "Best of a column: bold. Tied with it, for their intervals meet, over seeds or of the bootstrap: {tied}. "
-    "† trained with outliers."
-)
+) + OUTLIERS
 UNKNOWN = "–"
 
 
@@ -182,11 +182,15 @@ def to_latex(comparisons: Sequence[Comparison]) -> str:
     """Write all tables as LaTeX, to be put into a document by ``\\input``."""
     parts = ["% \\usepackage{booktabs,graphicx}"]
     for index, comparison in enumerate(comparisons, 1):
-        for sheet, words in zip(sheets(comparison), (LEGEND.format(tied="underlined"), "", ""), strict=True):
-            caption = " ".join(_latex(text) for text in (f"{sheet.title}.", *notes(comparison)[:-1], words) if text)
-            parts.append(
-                _latex_sheet(sheet, caption, f"tab:ood-{index}-{sheet.title.split(',')[0].split()[0].lower()}")
+        *rules, times = notes(comparison)
+        for sheet in sheets(comparison):
+            said = (
+                [*rules, LEGEND.format(tied="underlined")]
+                if sheet.title in METRICS.values()
+                else [*rules, times, OUTLIERS]
             )
+            caption = _latex(" ".join([f"{sheet.title}.", *said]))
+            parts.append(_latex_sheet(sheet, caption, f"tab:ood-{index}-{re.split('[, ]', sheet.title)[0].lower()}"))
     return "\n\n".join(parts) + "\n"
 
 

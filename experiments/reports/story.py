@@ -1,6 +1,8 @@
 """What a newcomer reads first: what was asked, how to read the numbers, and who won where."""
 
+import inspect
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
 from callbacks.tables import percent
@@ -52,6 +54,26 @@ def readings(comparison: Comparison) -> Words:
         ),
         ("FPR95", fpr95[rules["positive"]]),
     ]
+
+
+def glossary(comparisons: Sequence[Comparison]) -> Words:
+    """Say what methods and scores are, in the first words of their documentation; what has none is left out."""
+    paths: dict[str, Any] = {}
+    for entry in (entry for comparison in comparisons for entry in comparison.entries):
+        configuration = entry.runs[0].results["configuration"]
+        paths[entry.runs[0].results["method"]] = (configuration.get("model") or {}).get("class_path")
+        score = ((configuration.get("evaluation") or {}).get("scores") or {}).get(entry.score)
+        paths[entry.score] = score.get("class_path") if isinstance(score, dict) else score
+    return [(name, words) for name, path in paths.items() if path and (words := _documentation(path))]
+
+
+def _documentation(path: str) -> str:
+    module, _, name = path.rpartition(".")
+    try:
+        found = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError):  # a user's own class may not be at hand
+        return ""
+    return (inspect.getdoc(found) or "").split("\n\n")[0].replace("\n", " ").replace("``", "")
 
 
 def winners(comparison: Comparison) -> list[dict[str, Any]]:
