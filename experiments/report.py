@@ -9,7 +9,7 @@ from experiments.reports.comparison import compare
 from experiments.reports.page import to_html
 from experiments.reports.published import beside
 from experiments.reports.runs import find_runs, read_runs
-from experiments.reports.sheets import print_console, to_csv, to_latex, to_markdown
+from experiments.reports.texts import print_console, to_csv, to_latex, to_markdown
 
 
 def report(args: Sequence[str]) -> None:
