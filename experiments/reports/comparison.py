@@ -123,21 +123,25 @@ def compare(runs: Sequence[Run]) -> tuple[list[Comparison], dict[Path, str]]:
     problems: dict[Path, str] = {}
     tables: list[list[Run]] = []
     for run in runs:
-        first = next(other for other in runs if other is run or _repeats(run, other))
-        if run is not first:
-            problems[run.folder] = f"it repeats {first.folder}: the same setting, and the same seed or weights"
+        earliest = next(other for other in runs if other is run or _repeats(run, other))
+        if run is not earliest:
+            problems[run.folder] = f"it repeats {earliest.folder}: the same setting, and the same seed or weights"
             continue
         table = next((table for table in tables if all(_comparable(run, other) for other in table)), None)
         if table is None:
             tables.append([run])
         else:
             table.append(run)
-    comparisons = []
+    comparisons: list[Comparison] = []
+    first: list[Run] = []
     for members in tables:
-        comparison, unfit = _tabulate(members, tables[0])
+        first = first or members
+        comparison, unfit = _tabulate(members, first)
         problems |= unfit
         if comparison is not None:
             comparisons.append(comparison)
+        elif first is members:
+            first = []
     return comparisons, problems
 
 
@@ -183,7 +187,8 @@ def _tabulate(members: Sequence[Run], first: Sequence[Run]) -> tuple[Comparison 
         entries += [_entry(name, score, joined, seeds, sets) for score in _scores(joined)]
     if not entries:
         return None, problems
-    shown = ", ".join(f"{name} ({len_} images)" for name, len_ in _counts(members).items())
+    counts = {row["ood_set"]: row["ood_count"] for run in members for row in run.results["rows"]}
+    shown = ", ".join(f"{name} ({count:,} images)" for name, count in counts.items())
     rule = f"{describe(members[0].results)}; OOD sets: {shown}"
     return Comparison(rule, _apart(members, first), sets, tuple(entries)), problems
 
@@ -236,10 +241,6 @@ def _apart(members: Sequence[Run], first: Sequence[Run]) -> str:
         changed = [name for name, value in images.items() if others.get(name, value) != value]
         differing = [f"images or group of {', '.join(changed)}"]
     return f"Not in table 1, for it has another: {'; '.join(differing)}."
-
-
-def _counts(members: Sequence[Run]) -> dict[str, str]:
-    return {row["ood_set"]: f"{row['ood_count']:,}" for run in members for row in run.results["rows"]}
 
 
 def _scores(results: Mapping[str, Any]) -> list[str]:

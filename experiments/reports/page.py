@@ -8,7 +8,6 @@ from typing import Any
 import jinja2
 import yaml
 
-from callbacks.run_record import read_config
 from callbacks.samples import Samples
 from callbacks.tables import percent
 from experiments.reports.charts import histogram, roc_chart
@@ -20,7 +19,11 @@ from experiments.reports.sheets import LEGEND, costs, notes, number
 from experiments.reports.story import glossary, question, readings, winners
 
 HERE = Path(__file__).parent
-STANDARD = ("roc", "histogram_", "thresholds_")  # figures that the page draws itself, or that tables say
+STANDARD = (
+    "roc",
+    "histogram_",
+    "thresholds_",
+)  # figures of every run, which the page draws anew or leaves to the folder
 
 
 def to_html(comparisons: Sequence[Comparison], beside: Sequence[Beside], problems: Mapping[Path, str]) -> str:
@@ -169,9 +172,8 @@ def _run(run: Run) -> dict[str, Any]:
         facts[f"outliers also in {name}"] = count
     if results["id_accuracy"] is not None:
         facts["ID accuracy"] = f"{percent(results, 'id_accuracy')}%"
-    config = read_config(run.folder) or results["configuration"]
     return {
         "name": f"{results['experiment']}/{results['name']}",
         "facts": {name: value for name, value in facts.items() if value is not None},
-        "config": yaml.safe_dump(config, sort_keys=False),
+        "config": yaml.safe_dump(results["configuration"], sort_keys=False),
     }

@@ -52,15 +52,15 @@ def read_one(folder: Path) -> Run:
         raise ValueError(f"{folder} is not finished, its status is {status}")
     results = read_results(folder)
     try:
-        _touch(results)
+        _touch(results, record)
     except (KeyError, TypeError, AttributeError) as error:
         said = f"there is no {error}" if isinstance(error, KeyError) else error
-        raise ValueError(f"{folder / 'results.json'} is damaged: {said}") from error
+        raise ValueError(f"its results.json or run.json is damaged: {said}") from error
     return Run(folder, results, record)
 
 
-def _touch(results: dict[str, Any]) -> None:
-    """Read all that a comparison reads, so that what is missing is missed here."""
+def _touch(results: dict[str, Any], record: dict[str, Any]) -> None:
+    """Read all that a report reads, so that what is missing is missed here."""
     describe(results)
     setting_of(results)
     for key in (
@@ -82,6 +82,12 @@ def _touch(results: dict[str, Any]) -> None:
     for row in [*results["rows"], *results["means"]]:
         for metric in HEADLINE:
             row[metric] + 0.0
+    if results["outliers"] is not None:
+        "{size}{source}{feed}".format_map(results["outliers"])
+    for file in {**record.get("weights", {}), **results.get("weights", {})}.values():
+        file.get("source")
+    for number in [record.get("seconds"), *results.get("milliseconds", {}).values()]:
+        (number or 0) + 0.0
 
 
 def _no_run(part: str) -> bool:

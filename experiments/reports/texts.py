@@ -151,7 +151,7 @@ def to_csv(comparisons: Sequence[Comparison]) -> str:
     rows = [
         {"table": index, "experiment": entry.runs[0].results["experiment"], "method": entry.method}
         | {"score": entry.score, "outliers": entry.outliers, "seeds": len(entry.runs)}
-        | {"ood_set": column}
+        | {"ood_set": column, "group": comparison.sets.get(column) or column.removesuffix(" (mean)")}
         | {key: numbers[key] for metric in HEADLINE for key in _keys(metric) if key in numbers}
         | dict(entry.accuracy)
         | vars(entry.cost)

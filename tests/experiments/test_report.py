@@ -171,6 +171,7 @@ def test_what_is_damaged_is_reported_and_not_fatal(write, checkpoints, capsys):
     (broken / "results.json").write_text('{"schema')
     lacking = write("toy/c/seed0", method="C")
     edit(lacking, rows=None)
+    spoiled = write("toy/j/seed0", method="J", record={"weights": {"backbone": "nothing"}})
     unfinished = write("toy/d/seed0", method="D", record={"status": "interrupted"})
     unseen = write("toy/e/seed0", method="E")
     (unseen / "results.json").unlink()
@@ -185,6 +186,7 @@ def test_what_is_damaged_is_reported_and_not_fatal(write, checkpoints, capsys):
     reasons = {
         broken: "is damaged, no JSON of ours",
         lacking: "is damaged: there is no 'rows'",
+        spoiled: "is damaged: ",
         unfinished: "its status is interrupted",
         unseen: "holds no results.json",
         old: "has schema 0",

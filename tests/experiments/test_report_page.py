@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 from browser import BROWSER, DRIVER, browser
+from PIL import Image
 from report_toy import fingerprints, write_data, write_run
 
 from experiments.report import write_report
@@ -41,6 +42,8 @@ def page(tmp_path_factory):
     unknown = {"seconds": None, "trained_parameters": None}
     write_run(root / "toy/c/seed0", data, splits, shift=1.0, method="AMethodWithAnUncommonlyLongName", record=unknown)
     write_run(root / "toy/d/seed0", data, splits, protocol="openood", outliers=long | {"duplicates": None})
+    (root / "toy/c/seed0/figures").mkdir()
+    Image.new("RGB", (2000, 300)).save(root / "toy/c/seed0/figures/heatmaps.png")
     broken = root / "toy" / "e" / "seed0"
     shutil.copytree(root / "toy" / "d" / "seed0", broken)
     (broken / "results.json").write_text("{")
