@@ -119,7 +119,7 @@ def mean_of(group: str) -> str:
 
 
 def compare(runs: Sequence[Run]) -> tuple[list[Comparison], dict[Path, str]]:
-    """Divide runs into tables; and say, for each run that cannot be in any, why."""
+    """Divide runs into tables, that of most runs first; and say, for each run that cannot be in any, why."""
     problems: dict[Path, str] = {}
     tables: list[list[Run]] = []
     for run in runs:
@@ -134,7 +134,7 @@ def compare(runs: Sequence[Run]) -> tuple[list[Comparison], dict[Path, str]]:
             table.append(run)
     comparisons: list[Comparison] = []
     first: list[Run] = []
-    for members in tables:
+    for members in sorted(tables, key=len, reverse=True):
         first = first or members
         comparison, unfit = _tabulate(members, first)
         problems |= unfit

@@ -32,15 +32,13 @@ def to_html(comparisons: Sequence[Comparison], beside: Sequence[Beside], problem
         loader=jinja2.FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     images = Images()
-    tables = [_table(comparison, images) for comparison in comparisons]
     return environment.get_template("page.html").render(
         style=(HERE / "page.css").read_text(encoding="utf-8"),
         script=(HERE / "page.js").read_text(encoding="utf-8"),
-        question=question(comparisons[0], images.classes(comparisons[0].entries[0].runs[0])),
-        readings=readings(comparisons[0]),
+        readings=readings(comparisons),
         glossary=glossary(comparisons),
         legend=LEGEND.format(tied="underlined"),
-        tables=tables,
+        tables=[_table(comparison, images) for comparison in comparisons],
         beside=beside,
         problems=problems,
     )
@@ -49,6 +47,7 @@ def to_html(comparisons: Sequence[Comparison], beside: Sequence[Beside], problem
 def _table(comparison: Comparison, images: Images) -> dict[str, Any]:
     pictures = [_picture(name, entries, images) for name, entries in comparison.settings.items()]
     return {
+        "question": question(comparison, images.classes(comparison.entries[0].runs[0])),
         "columns": comparison.columns,
         "rows": _rows(comparison),
         "notes": notes(comparison),

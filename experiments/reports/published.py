@@ -61,7 +61,7 @@ COMMON = (
     "The published mean is over OOD sets that the README does not list, ours over those of the run. Their code selects "
     "nothing on held-out images and holds none out; ours holds out 2% of the training images. "
 )
-NO_SCORE = "The README does not say which score the row used; ours is the energy, which their configurations enable. "
+NO_SCORE = "The README does not say which score the row used; ours is the energy, which their configurations enable."
 TITLES = {"auroc": "AUROC", "aupr_in": "AUPR-in", "fpr95": "FPR95", "id_accuracy": "ID accuracy"}
 
 

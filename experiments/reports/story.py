@@ -37,9 +37,9 @@ def _explain(ood_set: str) -> str:
     return "unknown: the classes that were left out" if ood_set == "unknown" else ood_set
 
 
-def readings(comparison: Comparison) -> Words:
+def readings(comparisons: Sequence[Comparison]) -> Words:
     """Say how to read the two metrics."""
-    rules = comparison.entries[0].runs[0].results["metric_rules"]
+    sides = {comparison.entries[0].runs[0].results["metric_rules"]["positive"] for comparison in comparisons}
     fpr95 = {
         "id": "The share of OOD images that pass as known where the threshold lets 95% of the known images pass. "
         "0% is perfect; lower is better.",
@@ -52,7 +52,7 @@ def readings(comparison: Comparison) -> Words:
             "The chance that an OOD image gets a higher score than a known (ID) one. 50% is guessing, 100% is perfect; "
             "higher is better.",
         ),
-        ("FPR95", fpr95[rules["positive"]]),
+        ("FPR95", " Or, as the tables say: ".join(fpr95[side] for side in sorted(sides))),
     ]
 
 

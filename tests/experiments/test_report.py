@@ -125,6 +125,19 @@ def test_what_does_not_compare_forms_tables_of_its_own_with_the_reason(write, ch
     assert tables == {"Toy": "1", "F": "1", "B": "2", "C": "3", "D": "4", "E": "5"}
 
 
+def test_the_table_of_most_runs_comes_first_and_each_has_its_question(write, checkpoints):
+    write("toy/a/seed0", preset="openood")
+    for name in ("b", "c"):
+        write(f"toy/{name}/seed0", method=name)
+    assert main(["report"]) == 0
+    comparisons, _ = gather(checkpoints)
+    assert [len(table.settings) for table in comparisons] == [2, 1]
+    page = (checkpoints / "report" / "report.html").read_text()
+    assert page.count("Networks were trained to tell 3 classes of Arrays apart") == 2
+    for words in ("lets 95% of the known images pass", "rejects 95% of the OOD images"):
+        assert page.count(words) == 1
+
+
 def test_a_mean_is_shown_over_all_sets_of_a_group_or_not_at_all(write, checkpoints):
     write("toy/a/seed0")
     write("toy/f/seed0", method="F", sets=("near", "far"))
@@ -333,3 +346,18 @@ def test_published_rows_are_fractions_of_experiments_that_exist():
     for row in PUBLISHED:
         assert all((EXPERIMENTS / f"{name}.yaml").is_file() for name in row.experiments)
         assert all(0 <= std < mean < 1 for mean, std in row.values.values())
+
+
+@pytest.mark.slow
+def test_the_demo_ends_with_a_report(checkpoints, capsys):
+    options = ["--trainer.logger", "false", "--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu"]
+    assert main(["demo", *options]) == 0
+    assert f"{checkpoints / 'report'}: report.md, report.tex, report.csv, report.html" in capsys.readouterr().out
+    page = (checkpoints / "report" / "report.html").read_text()
+    assert len(page.encode()) < 5e6
+    assert "No images: " not in page
+    assert "Not in the tables" not in page
+    with open(checkpoints / "report" / "report.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["table"] for row in rows} == {"1"}
+    assert all(float(row["seconds"]) > 0 and float(row["milliseconds"]) > 0 and int(row["parameters"]) for row in rows)
