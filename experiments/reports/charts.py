@@ -40,10 +40,12 @@ def roc_chart(curves: Sequence[tuple[Scores, Scores]]) -> Markup:
 def histogram(known: Scores, unknown: Scores, tau: float, bins: int = 40) -> Markup:
     """Draw how the scores of ID and of OOD images are distributed, and the threshold ``tau``."""
     both = np.concatenate([known, unknown]).astype(np.float64)
-    low, high = np.quantile(both[np.isfinite(both)], (0.005, 0.995)).tolist()
-    low, high = min(low, tau), max(high, tau)
-    if low == high:
-        low, high = low - 0.5, high + 0.5
+    finite = both[np.isfinite(both)]
+    low, high = np.quantile(finite, (0.005, 0.995)).tolist() if len(finite) else (0.0, 0.0)
+    if np.isfinite(tau):
+        low, high = min(low, tau), max(high, tau)
+    if high - low <= 1e-9 * max(abs(low), abs(high)):  # equal, or too near each other to be divided
+        low, high = low - 0.5 * max(abs(low), 1), high + 0.5 * max(abs(high), 1)
     heights = [
         np.histogram(scores.astype(np.float64).clip(low, high), bins, (low, high))[0] / len(scores)
         for scores in (known, unknown)
@@ -53,7 +55,7 @@ def histogram(known: Scores, unknown: Scores, tau: float, bins: int = 40) -> Mar
     for name, height in zip(("id", "ood"), heights, strict=True):
         steps = "".join(f"V{90 - 80 * value / top:.1f}h{width:g}" for value in height)
         areas.append(f'<path class="{name}" d="M5 90{steps}V90Z"/>')
-    place = 5 + 240 * (tau - low) / (high - low)
+    place = 5 + 240 * (min(max(tau, low), high) - low) / (high - low)
     return Markup(
         '<svg class="histogram" viewBox="0 0 250 104" role="img" aria-label="histogram of scores">'
         f'{"".join(areas)}<path class="frame" d="M5 90H245"/><path class="tau" d="M{place:.1f} 6V90"/>'

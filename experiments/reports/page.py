@@ -95,8 +95,8 @@ def _costs(entry: Entry) -> list[dict[str, Any]]:
 
 def _cell(text: str, value: Any, mark: str = "") -> dict[str, Any]:
     """Split a number from its interval, which is set below it."""
-    number, sign, rest = text.partition(" ±") if "±" in text else text.partition(" [")
-    return {"text": number, "small": (sign + rest).strip(), "value": "" if value is None else value, "mark": mark}
+    figure, sign, rest = text.partition(" ±") if "±" in text else text.partition(" [")
+    return {"text": figure, "small": (sign + rest).strip(), "value": "" if value is None else value, "mark": mark}
 
 
 def _picture(name: str, entries: Sequence[Entry], images: Images) -> dict[str, Any]:
@@ -112,10 +112,12 @@ def _picture(name: str, entries: Sequence[Entry], images: Images) -> dict[str, A
     picture["figures"] = figures(run.folder)
     try:
         samples = Samples.load(run.folder / "scores.npz")
+        if best.score not in samples.scores:
+            raise ValueError(f"scores.npz has no {best.score}")
         picture["tau"] = threshold(run, samples, best.score)
         picture["samples"] = samples
         picture["examples"] = examples(samples, images.of(run), best.score, picture["tau"])
-    except (ValueError, OSError, KeyError) as error:
+    except (ValueError, OSError) as error:
         picture["missing"] = str(error)
     return picture
 
