@@ -1,8 +1,10 @@
 # Experiments are targets: experiments/<method>/<setting>.yaml is `make <method>-<setting>`.
 #   SEEDS="0 1 2"   one run for each seed
+#   RUNS="a b"      run folders, or folders of them, for `make report`
 #   ARGS="..."      appended to the command line, for example ARGS="--trainer.max_epochs 5"
 PYTHON ?= python3
 SEEDS ?= 0
+RUNS ?=
 ARGS ?=
 RUN := .venv/bin/python -m experiments
 SETTINGS := $(filter-out _%,$(patsubst experiments/%.yaml,%,$(wildcard experiments/*/*.yaml)))
@@ -15,7 +17,7 @@ $(error $(MAKECMDGOALS) composes runs by the names of their seeds: give SEEDS, n
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo evaluate heat-evaluate heat-toy features data-check test test-slow lint format bench completion clean $(TARGETS) $(COMPOSITIONS)
+.PHONY: help demo report evaluate heat-evaluate heat-toy features data-check test test-slow lint format bench completion clean $(TARGETS) $(COMPOSITIONS)
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-28s %s\n", $$1, $$2}' Makefile
@@ -25,8 +27,11 @@ help: ## list the targets
 	@for target in $(TARGETS); do printf '  make %s\n' $$target; done
 	@for target in $(COMPOSITIONS); do printf '  make %-28s %s\n' $$target "$${target}_el, _gmm and _gmm_std, then their compositions"; done
 
-demo: .venv/installed ## train and evaluate every method on scanned digits, without any download of data
+demo: .venv/installed ## train, evaluate and compare every method on scanned digits, without any download of data
 	$(RUN) demo $(ARGS)
+
+report: .venv/installed ## compare all runs, or RUNS="a b": a page, Markdown, LaTeX, CSV in checkpoints/report
+	@$(RUN) report $(RUNS) $(ARGS)
 
 $(TARGETS): .venv/installed
 	@for seed in $(SEEDS); do \

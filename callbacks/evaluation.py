@@ -35,6 +35,7 @@ from callbacks.results import (
     write_results,
 )
 from callbacks.samples import Samples
+from callbacks.stopwatch import Stopwatch
 from callbacks.thresholds import as_rows, sweep
 from datamodules.datamodule import OODDataModule
 from lightning_modules.distributed import sum_over_processes
@@ -190,6 +191,7 @@ class OODEvaluation(Callback):
         self._right = torch.zeros((), dtype=torch.int64, device=pl_module.device)  # by the logits that scores read
         self._calibration_forwards: dict[str, int] = {}
         self._started = time.perf_counter()
+        self._stopwatch = Stopwatch(pl_module.device)
         self._features = None if self.embedding is None else FeatureSample(self.embedding, _sizes(trainer, data))
         self.heatmap_sample = (
             HeatmapSample(self.heatmaps or Heatmaps(), _sizes(trainer, data)) if self.figures else None
@@ -206,6 +208,7 @@ class OODEvaluation(Callback):
         module, data = _parts(trainer, pl_module)
         if batch_idx == 0 and dataloader_idx == data.fit_passes and self._uncalibrated():
             self._calibrate(trainer, module, data)
+        self._stopwatch.start()
 
     def on_test_batch_end(
         self,
@@ -220,6 +223,8 @@ class OODEvaluation(Callback):
         module, data = _parts(trainer, pl_module)
         evidence = outputs if module.num_classes else WithoutLogits(*outputs)
         images, labels, ids = batch
+        if dataloader_idx >= data.fit_passes:
+            self._stopwatch.lap("network", len(images))
         self._images += len(images)
         loader = list(_loaders(trainer))[dataloader_idx]
         if self._features is not None:
@@ -235,10 +240,11 @@ class OODEvaluation(Callback):
                     except ValueError as error:
                         raise ValueError(f"fitting {name} on the ID training images: {error}") from error
             return
-        scores = {
-            name: score(pl_module, images) if isinstance(score, InputScore) else score(evidence)
-            for name, score in self.scores.items()
-        }
+        scores = {}
+        for name, score in self.scores.items():
+            self._stopwatch.start()
+            scores[name] = score(pl_module, images) if isinstance(score, InputScore) else score(evidence)
+            self._stopwatch.lap(name, len(images))
         if taken := outputs.scores.keys() & scores.keys():
             raise ValueError(
                 f"{type(pl_module).__name__} itself yields {', '.join(taken)}: rename those of the evaluation"
@@ -282,6 +288,7 @@ class OODEvaluation(Callback):
             "forwards": {"images": images, **extra},
             "weights": self._origins(module),
             "seconds": round(time.perf_counter() - self._started, 3),
+            "milliseconds": self._stopwatch.milliseconds(),
             "restored": self.restored,
             **summarize(
                 samples,

@@ -46,6 +46,7 @@ def identify(trainer: Trainer, module: OODModule, data: OODDataModule, run_folde
         "hardware": hardware(module.device),
         "processes": trainer.world_size,
         "weights_sha256": weights_sha256(module),
+        "parameters": sum(parameter.numel() for parameter in module.parameters()),
         "splits": {
             name: {"size": data.sizes[name], "fingerprint": fingerprint}
             for name, fingerprint in data.fingerprints.items()

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
+from numpy.typing import NDArray
 
-from callbacks.bootstrap import bootstrap
+from callbacks.bootstrap import bounds, redraw
 from callbacks.metrics import (
     MetricRules,
     auroc,
@@ -62,12 +63,14 @@ def summarize(
     Returns:
         ``metric_rules``, ``id_accuracy`` (None for a method without classes), ``thresholds`` (score -> smallest value
         that accepts 95% of the images of ``tau_source``, where there are any), ``rows`` (one for each score and OOD
-        set) and ``means`` (unweighted, over the sets of a group). Fractions, not percent.
+        set) and ``means`` (unweighted, over the sets of a group; bounded where each set was drawn once). Fractions, not
+        percent.
     """
     known = samples.of("id")
     correct = known.labels == known.predictions
     thresholds = _thresholds(samples, tau_source)
     rows = []
+    redrawn: dict[tuple[str, str], dict[str, NDArray[np.float64]]] = {}  # of sets that were drawn once
     drawings = {ood_set: samples.drawings(ood_set) for ood_set in samples.ood_sets}
     for name in known.scores:
         for ood_set, drawn in drawings.items():
@@ -78,8 +81,10 @@ def summarize(
                 ranking = rank(known.scores[name], unknown.scores[name], name=f"{name} on {ood_set}")
                 values = headline(ranking, rules)
                 if replicates:
-                    for metric, (low, high) in bootstrap(ranking, rules, replicates, confidence).items():
-                        values |= {f"{metric}_low": low, f"{metric}_high": high}
+                    draws = redraw(ranking, rules, replicates)
+                    values |= _bounded(draws, confidence)
+                    if len(drawn) == 1:
+                        redrawn[name, ood_set] = draws
                 values["detection_accuracy"] = detection_accuracy(ranking)
                 if correct.any():
                     among_correct = auroc(narrow(ranking, known.scores[name][correct]))
@@ -90,9 +95,10 @@ def summarize(
                     values["oracle_f1"] = float(operating_points(known, unknown, name, num_classes)["macro_f1"].max())
                 measured.append(values)
             rows.append(row | _over_drawings(measured))
-    means = [
+    means: list[dict[str, Any]] = [
         {"score": name, "group": group, "sets": len(members)}
         | {metric: float(np.mean([row[metric] for row in members])) for metric in HEADLINE}
+        | _bounds_of_mean([redrawn.get((name, row["ood_set"])) for row in members], confidence)
         for name in known.scores
         for group in ("near", "far")
         if (members := [row for row in rows if row["score"] == name and row["group"] == group])
@@ -132,6 +138,20 @@ def _at_threshold(known: Samples, unknown: Samples, name: str, tau: float, num_c
     if known.classified:
         values["macro_f1"] = macro_f1(*join(known, unknown, name), tau, num_classes)
     return values
+
+
+def _bounded(draws: Mapping[str, NDArray[np.float64]], confidence: float) -> dict[str, float]:
+    """Name the bounds of each metric, from its (R,) replicates."""
+    pairs = {metric: bounds(values, confidence) for metric, values in draws.items()}
+    return {f"{metric}_{side}": pair[i] for metric, pair in pairs.items() for i, side in enumerate(("low", "high"))}
+
+
+def _bounds_of_mean(members: Sequence[Mapping[str, NDArray[np.float64]] | None], confidence: float) -> dict[str, float]:
+    """Bound the mean over the sets of a group; not where one was drawn from repeatedly, or nothing was redrawn."""
+    known = [draws for draws in members if draws is not None]
+    if len(known) < len(members):
+        return {}
+    return _bounded({metric: np.mean([draws[metric] for draws in known], axis=0) for metric in known[0]}, confidence)
 
 
 def _over_drawings(measured: Sequence[Mapping[str, float]]) -> dict[str, float]:

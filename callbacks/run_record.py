@@ -37,6 +37,7 @@ class RunRecord(Callback):
         self._handler: logging.Handler | None = None
         self._status: dict[str, Any] = {}
         self._ended: int | None = None  # an epoch that has no line in the log yet
+        self._before, self._started = 0.0, time.perf_counter()  # seconds of earlier starts; where this one began
 
     @rank_zero_only
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -65,7 +66,15 @@ class RunRecord(Callback):
             if data.outlier_feed is not None:
                 self._status["removed"] = data.removed
                 self._status["duplicates"] = record["duplicates"] if "duplicates" in record else report_duplicates(data)
-            self._write(status="running", git_revision=git_revision(), packages=package_versions())
+            self._before = record.get("seconds", 0.0)
+            self._write(
+                status="running",
+                git_revision=git_revision(),
+                packages=package_versions(),
+                seconds=self._before,
+                uncounted=_uncounted(record),
+            )
+            self._started = time.perf_counter()
 
     @rank_zero_only
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -84,8 +93,12 @@ class RunRecord(Callback):
 
     @rank_zero_only
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note that there is a line to log; what the method itself logs at the end of an epoch comes after this."""
+        """Note that there is a line to log; what the method itself logs at the end of an epoch comes after this.
+
+        The seconds are written now, for whoever is killed writes nothing.
+        """
         self._ended = trainer.current_epoch
+        self._write(seconds=self._seconds())
 
     @rank_zero_only
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -102,7 +115,15 @@ class RunRecord(Callback):
         """Mark the run as finished, and write what it has found."""
         for name, found in pl_module.findings().items():  # type: ignore[operator]
             write_json(self.folder / f"{name}.json", found)
-        self._write(status="finished", ended=_now(), epochs=trainer.current_epoch, steps=trainer.global_step)
+        trained = [p for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]]
+        self._write(
+            status="finished",
+            ended=_now(),
+            epochs=trainer.current_epoch,
+            steps=trainer.global_step,
+            seconds=self._seconds(),
+            trained_parameters=sum(parameter.numel() for parameter in trained),
+        )
 
     @rank_zero_only
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -116,7 +137,8 @@ class RunRecord(Callback):
         else:
             log.error("failed at step %d\n%s", step, "".join(traceback.format_exception(exception)))
         if self._status:
-            self._write(status="interrupted" if interrupted else "failed", ended=_now(), steps=trainer.global_step)
+            status = "interrupted" if interrupted else "failed"
+            self._write(status=status, ended=_now(), steps=trainer.global_step, seconds=self._seconds())
         self._close()  # Lightning tears nothing down after this
 
     @rank_zero_only
@@ -130,6 +152,9 @@ class RunRecord(Callback):
                 logging.getLogger(name).removeHandler(self._handler)
             self._handler.close()
             self._handler = None
+
+    def _seconds(self) -> float:
+        return round(self._before + time.perf_counter() - self._started, 3)
 
     def _write(self, **entries: Any) -> None:
         self._status |= entries
@@ -241,6 +266,13 @@ def differences(old: Any, new: Any, path: str = "") -> str:
     # 1 is not 1.0: as a limit of batches, the one is a number and the other a share
     same = old == new and isinstance(old, type(new))
     return "" if same else f"  {path}: {old!r} there, {new!r} here"
+
+
+def _uncounted(record: dict[str, Any]) -> int:
+    """Count the starts whose time is not all in ``seconds``: killed ones, and those of before it was kept."""
+    if "seconds" not in record:
+        return len(record.get("starts", []))
+    return record["uncounted"] + (record["status"] == "running")
 
 
 def _now() -> str:

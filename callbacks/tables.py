@@ -1,6 +1,7 @@
 """Results as a table that a person reads."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,22 @@ from rich.console import Console
 from rich.table import Table
 
 from callbacks.results import HEADLINE
+
+# What of the trainer makes a setting another one; the rest is how and where it ran.
+TRAINING = (
+    "max_epochs",
+    "max_steps",
+    "max_time",
+    "limit_train_batches",
+    "limit_val_batches",
+    "overfit_batches",
+    "accumulate_grad_batches",
+    "gradient_clip_val",
+    "gradient_clip_algorithm",
+    "precision",
+    "callbacks",
+)
+SEED = re.compile(r"(^|[/_])s(eed)?\d+(?=$|[@/.])")  # in what names a run or a file of weights
 
 
 def results_table(runs: Sequence[Mapping[str, Any]]) -> Table:
@@ -30,9 +47,9 @@ def results_table(runs: Sequence[Mapping[str, Any]]) -> Table:
         for run in runs:
             for row in run["rows"]:
                 if (row["ood_set"], row["group"]) == (ood_set, group):
-                    cells = [_percent(row, metric) for metric in ("auroc", "fpr95")]
+                    cells = [percent(row, metric) for metric in ("auroc", "fpr95")]
                     cells += [f"{100 * row[metric]:.1f}" for metric in ("aupr_in", "aupr_out")]
-                    cells += [_percent(row, "macro_f1") if "macro_f1" in row else ""] * with_f1
+                    cells += [percent(row, "macro_f1") if "macro_f1" in row else ""] * with_f1
                     method = run["method"] if methods.count(run["method"]) == 1 else f"{run['method']} {run['name']}"
                     table.add_row(label, method, row["score"], *cells)
                     label = ""
@@ -42,42 +59,70 @@ def results_table(runs: Sequence[Mapping[str, Any]]) -> Table:
 def over_seeds(runs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Join runs of one setting, which differ in their seed: metrics become mean and ``_std`` (over n - 1).
 
-    This takes the place of what a run says of repeated drawings from an OOD set.
+    This takes the place of what a run says of repeated drawings from an OOD set. Bounds of one seed are averaged.
     """
     joined: list[Mapping[str, Any]] = []
     for setting in dict.fromkeys(map(setting_of, runs)):
         members = [run for run in runs if setting_of(run) == setting]
-        experiment = members[0]["experiment"]
         if len(members) == 1:
             joined += members
             continue
-        rows = []
-        for same in zip(*(run["rows"] for run in members), strict=True):
-            if len({(row["score"], row["ood_set"]) for row in same}) > 1:
-                raise ValueError(f"the runs of {experiment} have different scores or OOD sets, they cannot be averaged")
-            row = {key: same[0][key] for key in ("score", "ood_set", "group")}
-            for metric in [*HEADLINE, *["macro_f1"] * all("macro_f1" in row for row in same)]:
-                values = [row[metric] for row in same]
-                row |= {metric: float(np.mean(values)), f"{metric}_std": float(np.std(values, ddof=1))}
-            rows.append(row)
-        joined.append({**members[0], "rows": rows})
+        try:
+            rows = _averaged([run["rows"] for run in members], ("score", "ood_set", "group"))
+            means = _averaged([run["means"] for run in members], ("score", "group", "sets"))
+        except ValueError as error:
+            raise ValueError(
+                f"the runs of {members[0]['experiment']} have different scores or OOD sets, they cannot be averaged"
+            ) from error
+        accuracy = {}
+        if all(run["id_accuracy"] is not None for run in members):
+            accuracy = _mean_and_std("id_accuracy", [run["id_accuracy"] for run in members])
+        joined.append({**members[0], "rows": rows, "means": means, **accuracy})
     return joined
 
 
+def _averaged(runs: Sequence[Sequence[Mapping[str, Any]]], keys: Sequence[str]) -> list[dict[str, Any]]:
+    """Average the rows of several runs, one by one; ``ValueError`` where they are not about the same."""
+    averaged = []
+    for same in zip(*runs, strict=True):
+        row = {key: same[0][key] for key in keys}
+        if any(row[key] != other[key] for other in same for key in keys):
+            raise ValueError("rows about something else")
+        for metric in [*HEADLINE, *["macro_f1"] * all("macro_f1" in other for other in same)]:
+            row |= _mean_and_std(metric, [other[metric] for other in same])
+            for end in (f"{metric}_low", f"{metric}_high"):
+                if all(end in other for other in same):
+                    row[end] = float(np.mean([other[end] for other in same]))
+        averaged.append(row)
+    return averaged
+
+
+def _mean_and_std(name: str, values: Sequence[float]) -> dict[str, float]:
+    return {name: float(np.mean(values)), f"{name}_std": float(np.std(values, ddof=1))}
+
+
 def setting_of(run: Mapping[str, Any]) -> str:
-    """Return what runs that differ in their seed alone have in common: experiment, model and data.
+    """Return what runs that differ in their seed alone have in common: experiment, model, data, training and scores.
 
     The weights that a network starts from may be of a seed of their own, and where data lie is no setting.
     """
     configuration = run["configuration"]
-    parts = [_without(configuration.get(part), ("weights", "root", "num_workers")) for part in ("model", "data")]
-    return json.dumps([run["experiment"], *parts], sort_keys=True)
+    trainer, evaluation = (configuration.get(part) or {} for part in ("trainer", "evaluation"))
+    parts = [
+        configuration.get("model"),
+        configuration.get("data"),
+        {key: trainer.get(key) for key in TRAINING},
+        evaluation.get("scores"),
+    ]
+    return json.dumps([run["experiment"], *map(_without_seed, parts)], sort_keys=True)
 
 
-def _without(tree: Any, keys: Sequence[str]) -> Any:
+def _without_seed(tree: Any) -> Any:
     if isinstance(tree, dict):
-        return {key: _without(value, keys) for key, value in tree.items() if key not in keys}
-    return tree
+        return {key: _without_seed(value) for key, value in tree.items() if key not in ("root", "num_workers")}
+    if isinstance(tree, list):
+        return [_without_seed(value) for value in tree]
+    return SEED.sub("", tree) if isinstance(tree, str) else tree
 
 
 def print_results(runs: Sequence[Mapping[str, Any]]) -> None:
@@ -108,17 +153,27 @@ def print_results(runs: Sequence[Mapping[str, Any]]) -> None:
 
 def describe(run: Mapping[str, Any]) -> str:
     """Say in words what must be the same where numbers are compared: the data, and the reading of the metrics."""
-    images = run["splits"]["id"]
-    parts = [
-        f"{images['size']:,} ID test images ({images['fingerprint'][:6]})",
-        run["protocol"] and f"protocol: {run['protocol']}",
-        run["known"] and f"open set: the first {run['known']} classes are ID",
-        run["subset"]["num_labels"] and f"{run['subset']['num_labels']} of the classes",
-        run["subset"]["fraction"] < 1 and f"{100 * run['subset']['fraction']:g}% of the ID training images",
-        describe_subset(run["ood_subset"]),
-        describe_rules(run["metric_rules"]),
+    return "; ".join(filter(None, aspects(run).values()))
+
+
+def aspects(run: Mapping[str, Any]) -> dict[str, str]:
+    """Name what must be the same where numbers are compared, each in words; empty where it is as usual."""
+    images, known, subset = run["splits"]["id"], run["known"], run["subset"]
+    classes = [
+        f"open set: the first {known} classes are ID" if known else "",
+        f"{subset['num_labels']} of the classes" if subset["num_labels"] else "",
     ]
-    return "; ".join(filter(None, parts))
+    return {
+        "ID test images": f"{images['size']:,} ID test images ({images['fingerprint'][:6]})",
+        "protocol": f"protocol: {run['protocol']}" if run["protocol"] else "",
+        "classes": "; ".join(filter(None, classes)),
+        "share of the ID training images": f"{100 * subset['fraction']:g}% of the ID training images"
+        if subset["fraction"] < 1
+        else "",
+        "choice of OOD images": describe_subset(run["ood_subset"]),
+        "number of images tested": "TRUNCATED: not all images were tested" if run["truncated"] else "",
+        "reading of the metrics": describe_rules(run["metric_rules"]),
+    }
 
 
 def describe_subset(subset: Mapping[str, Any]) -> str:
@@ -149,7 +204,12 @@ def describe_rules(rules: Mapping[str, Any]) -> str:
     return text
 
 
-def _percent(row: Mapping[str, Any], metric: str) -> str:
+def percent(row: Mapping[str, Any], metric: str) -> str:
+    """Write a metric of a row in percent, with its standard deviation or its bounds where it has any.
+
+    >>> percent({"auroc": 0.9, "auroc_low": 0.885, "auroc_high": 0.912}, "auroc")
+    '90.0 [88.5, 91.2]'
+    """
     value = f"{100 * row[metric]:.1f}"
     if f"{metric}_std" in row:
         return f"{value} ± {100 * row[f'{metric}_std']:.1f}"

@@ -22,6 +22,7 @@ from experiments.data import data
 from experiments.heat_evaluate import heat_evaluate
 from experiments.heat_toy import heat_toy
 from experiments.heatmap_latest import heatmap_latest
+from experiments.report import report, write_report
 from experiments.stages import stages
 
 
@@ -31,16 +32,16 @@ def run(args: Sequence[str]) -> None:
 
 
 def demo(args: Sequence[str]) -> None:
-    """``demo [options]``: run every YAML of ``experiments/demo`` anew and print one table."""
+    """``demo [options]``: run every YAML of ``experiments/demo`` anew and compare them in one report."""
     configs = sorted((EXPERIMENTS / "demo").glob("*.yaml"))
     folders = [
         fit_and_test(["--config", str(config), "--overwrite", "true", *args], show_results=False) for config in configs
     ]
-    print_results([read_results(folder) for folder in folders])
     for folder in folders:
         print(
             f"{folder}: results.json, results.csv, scores.npz, figures/, best.ckpt or last.ckpt, config.yaml, log.txt"
         )
+    write_report(folders)
 
 
 def metrics(args: Sequence[str]) -> None:
@@ -164,6 +165,7 @@ VERBS: dict[str, Callable[[Sequence[str]], None]] = {
     "heat-toy": heat_toy,
     "heatmap-latest": heatmap_latest,
     "stages": stages,
+    "report": report,
     "data": data,
     "completion": completion,
 }

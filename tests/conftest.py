@@ -33,7 +33,9 @@ def checkpoints(tmp_path, monkeypatch):
     """Run folders below a temporary root instead of the repository's."""
     import backbones.weights
     import experiments.cli
+    import experiments.report
 
     monkeypatch.setattr(experiments.cli, "CHECKPOINTS", tmp_path / "checkpoints")
+    monkeypatch.setattr(experiments.report, "CHECKPOINTS", tmp_path / "checkpoints")
     monkeypatch.setattr(backbones.weights, "CHECKPOINTS", tmp_path / "checkpoints")
     return tmp_path / "checkpoints"

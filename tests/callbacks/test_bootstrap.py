@@ -7,7 +7,7 @@ import pytest
 from sklearn.metrics import auc, average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
 
 from callbacks import bootstrap as module
-from callbacks.bootstrap import bootstrap
+from callbacks.bootstrap import bootstrap, redraw
 from callbacks.metrics import PRESETS, Ranking, auroc, headline, rank
 
 
@@ -124,3 +124,19 @@ def test_senseless_requests_are_refused_in_words():
     for confidence in (0, 1, 95):
         with pytest.raises(ValueError, match=r"share in \(0, 1\).*got"):
             bootstrap(ranking, rules, confidence=confidence)
+
+
+def test_the_id_samples_of_a_replicate_are_the_same_for_every_ood_set(monkeypatch):
+    rng, drawn = np.random.default_rng(0), []
+    known = rng.normal(size=40)
+
+    def spy(redrawn, rules):
+        drawn[-1].append(np.repeat(redrawn.values, redrawn.id_counts))
+        return {"auroc": auroc(redrawn)}
+
+    monkeypatch.setattr(module, "headline", spy)
+    for size in (7, 90):
+        drawn.append([])
+        redraw(rank(known, rng.normal(size=size)), PRESETS["default"], 20)
+    np.testing.assert_array_equal(*drawn)
+    assert not np.array_equal(drawn[0][0], drawn[0][1])

@@ -423,6 +423,14 @@ def test_data_and_network_that_do_not_fit_are_told_apart_in_words(model, data, m
         evaluate(OODEvaluation({"msp": MSP()}, bootstrap=0), classifier, Pixels(**data))
 
 
+def test_the_record_says_what_an_image_costs():
+    evaluation = evaluate(OODEvaluation({"msp": MSP(), "odin": ODIN()}, bootstrap=0, figures=False))
+    times = evaluation.results["milliseconds"]
+    assert times.keys() == {"network", "msp", "odin"}
+    assert 0 < times["msp"] < times["odin"]  # which takes passes of its own
+    assert evaluation.results["parameters"] == sum(parameter.numel() for parameter in module().parameters())
+
+
 def test_an_unknown_preset_lists_the_known():
     with pytest.raises(ValueError, match="openood"):
         OODEvaluation({"msp": MSP()}, rules="openod")

@@ -150,3 +150,28 @@ def test_a_file_without_drawings_loads(tmp_path):
         tmp_path / "scores.npz", splits=np.array(samples.splits), **columns, **{"score/one": samples.scores["one"]}
     )
     assert Samples.load(tmp_path / "scores.npz").repeats == {}
+
+
+def test_bounds_of_a_mean_cover_the_true_mean_over_sets_that_share_their_id_images():
+    truth = 0.5 * (1 + math.erf(0.5))  # of both sets
+    covered, widths = 0, []
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        split, zeros = np.repeat([0, 1, 2], [60, 50, 50]), np.zeros(160, dtype=int)
+        ids, scores = np.concatenate([np.arange(60), *[np.arange(50)] * 2]), {"s": rng.normal(split > 0)}
+        samples = Samples(("id", "drawn", "whole"), split, ids, zeros - (split > 0), zeros, scores)
+        groups = {"drawn": "far", "whole": "far"}
+        summary = summarize(samples, groups, PRESETS["default"], K, replicates=100, confidence=0.8)
+        (mean,), rows = summary["means"], summary["rows"]
+        covered += mean["auroc_low"] < truth < mean["auroc_high"]
+        widths.append([part["auroc_high"] - part["auroc_low"] for part in (mean, *rows)])
+    assert 0.66 < covered / 60 < 0.93  # 0.8, two and a half standard errors around
+    of_mean, *of_sets = np.mean(widths, axis=0)
+    assert np.hypot(*of_sets) / 2 < of_mean < np.mean(of_sets)  # wider than if the sets shared nothing
+
+
+def test_a_mean_over_drawings_has_no_bounds():
+    for mean in summarize(table(), GROUPS, PRESETS["default"], K, replicates=20)["means"]:
+        assert ("auroc_low" in mean) == (mean["group"] == "near")
+    for mean in summarize(table(), GROUPS, PRESETS["default"], K, replicates=0)["means"]:
+        assert "auroc_low" not in mean

@@ -191,3 +191,43 @@ def test_a_damaged_record_is_named(tmp_path):
     (tmp_path / "config.yaml").write_text("a: [1")
     with pytest.raises(ValueError, match=r"config\.yaml is damaged"):
         prepare_folder(tmp_path, CONFIG, overwrite=False)
+
+
+def start(folder, monkeypatch, clock):
+    monkeypatch.setattr("callbacks.run_record.time.perf_counter", lambda: clock[0])
+    record, trainer = RunRecord(folder, CONFIG), make_trainer(folder)
+    record.setup(trainer, None, "fit")
+    return record, trainer
+
+
+def test_seconds_add_up_over_starts_and_say_what_they_lack(tmp_path, monkeypatch):
+    clock = [100.0]
+    record, trainer = start(tmp_path, monkeypatch, clock)
+    clock[0] += 5
+    record.on_train_epoch_end(trainer, None)
+    clock[0] += 3  # killed here: nobody writes this down
+    assert (read_run(tmp_path)["seconds"], read_run(tmp_path)["uncounted"]) == (5.0, 0)
+    record.teardown(trainer, None, "fit")
+    record, trainer = start(tmp_path, monkeypatch, clock)
+    assert (read_run(tmp_path)["seconds"], read_run(tmp_path)["uncounted"]) == (5.0, 1)
+    clock[0] += 2
+    record.on_exception(trainer, None, KeyboardInterrupt())
+    record, trainer = start(tmp_path, monkeypatch, clock)
+    clock[0] += 1
+    module = Classifier(DigitsNet(6), torch.optim.SGD)
+    module.backbone.layer1.requires_grad_(False)
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    trainer.strategy._optimizers = [torch.optim.SGD(trained, lr=0.1)]
+    record.on_fit_end(trainer, module)
+    record.teardown(trainer, module, "fit")
+    stored = read_run(tmp_path)
+    assert (stored["seconds"], stored["uncounted"]) == (8.0, 1)
+    assert 0 < stored["trained_parameters"] == sum(parameter.numel() for parameter in trained)
+    assert stored["trained_parameters"] < sum(parameter.numel() for parameter in module.parameters())
+
+
+def test_the_starts_of_a_record_without_seconds_are_not_counted(tmp_path, monkeypatch):
+    (tmp_path / "run.json").write_text('{"status": "interrupted", "starts": ["a", "b"]}')
+    record, trainer = start(tmp_path, monkeypatch, [0.0])
+    record.teardown(trainer, None, "fit")
+    assert (read_run(tmp_path)["seconds"], read_run(tmp_path)["uncounted"]) == (0.0, 2)

@@ -33,6 +33,7 @@ def run(
         "id_accuracy": 0.9,
         "truncated": False,
         "rows": [row],
+        "means": [{"score": "msp", "group": "far", "sets": 1} | dict.fromkeys(HEADLINE, auroc)],
     }
 
 
@@ -154,3 +155,55 @@ def test_a_caption_names_what_id_data_were_left_out():
     assert caption.startswith(
         IMAGES + "open set: the first 6 classes are ID; 20 of the classes; 12.5% of the ID training images; "
     )
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("trainer", {"max_epochs": 3}),
+        ("trainer", {"callbacks": [{"class_path": "some.Callback"}]}),
+        ("evaluation", {"scores": {"knn": {"k": 5}}}),
+        ("model", {"lr": 0.1, "weights": "weights/another.pt"}),
+    ],
+)
+def test_what_training_or_scores_differ_in_is_another_setting(part, value):
+    other = run("seed1")
+    other["configuration"] |= {part: value}
+    assert len(over_seeds([run(), other])) == 2
+
+
+@pytest.mark.parametrize(
+    "pattern", ["run:a/b/seed{}", "run:a/b/seed{}@last", "openood/resnet18_s{}", "w/net_seed{}.pt"]
+)
+def test_the_seed_of_the_weights_that_a_run_starts_from_makes_no_other_setting(pattern):
+    runs = [run(f"seed{k}") for k in range(2)]
+    for k, member in enumerate(runs):
+        member["configuration"]["model"]["weights"] = pattern.format(k)
+        member["configuration"] |= {"trainer": {"devices": k + 1, "logger": [k]}, "evaluation": {"bootstrap": k}}
+    assert len(over_seeds(runs)) == 1
+
+
+def test_over_seeds_means_bounds_and_accuracy_are_averaged_too():
+    runs = [run("seed0", 0.5), run("seed1", 0.7)]
+    runs[1]["id_accuracy"] = 0.8
+    (joined,) = over_seeds(runs)
+    assert joined["id_accuracy"] == pytest.approx(0.85)
+    assert joined["id_accuracy_std"] == pytest.approx(np.std([0.8, 0.9], ddof=1))
+    (mean,) = joined["means"]
+    assert (mean["auroc"], mean["sets"]) == (pytest.approx(0.6), 1)
+    assert joined["rows"][0]["auroc_low"] == pytest.approx(0.6)
+    without = [member | {"id_accuracy": None} for member in runs]
+    assert over_seeds(without)[0]["id_accuracy"] is None
+
+
+def test_runs_with_other_rows_cannot_be_averaged():
+    other = run("seed1")
+    other["rows"] = [*other["rows"], *other["rows"]]
+    with pytest.raises(ValueError, match="have different scores or OOD sets, they cannot be averaged"):
+        over_seeds([run(), other])
+
+
+def test_a_truncated_evaluation_stands_in_a_table_of_its_own(capsys):
+    print_results([run(), run("seed1") | {"truncated": True}])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert (printed.count("OOD detection, %"), printed.count("TRUNCATED: not all images were tested")) == (2, 1)
