@@ -121,12 +121,14 @@ def with_pytorch_ood(scores: Tensor, labels: Tensor, predictions: Tensor | None 
 
 def redrawn(measure: Measure, scores: Tensor, labels: Tensor) -> dict[str, tuple[float, float]]:
     """Bootstrap by redrawing the scores themselves, with the random numbers that ours starts from."""
-    generator = np.random.default_rng(0)
-    sides = [scores[side].sort().values for side in (labels >= 0, labels < 0)]
+    sides = [
+        (scores[rows].sort().values, np.random.default_rng([0, side]))
+        for side, rows in enumerate((labels >= 0, labels < 0))
+    ]
     draws = []
     for _ in range(FEW):
-        places = [torch.from_numpy(generator.integers(len(side), size=len(side))) for side in sides]
-        drawn = torch.cat([side[place] for side, place in zip(sides, places, strict=True)])
+        places = [torch.from_numpy(generator.integers(len(side), size=len(side))) for side, generator in sides]
+        drawn = torch.cat([side[place] for (side, _), place in zip(sides, places, strict=True)])
         draws.append(measure(drawn, labels))  # ID comes first there, too
     bounds = {name: np.quantile([values[name] for values in draws], (0.025, 0.975)) for name in draws[0]}
     return {name: (low, high) for name, (low, high) in bounds.items()}

@@ -19,7 +19,7 @@ class Compatibility(Callback):
             if stage == "fit" and pl_module.needs_outliers and data.outlier_feed is None:
                 raise ValueError(
                     f"{type(pl_module).__name__} is trained with auxiliary outliers, and {type(data).__name__} feeds "
-                    "none: set outlier_feed of the data to paired"
+                    "none: set outlier_feed of the data to paired, and num_outliers not to 0"
                 )
 
 

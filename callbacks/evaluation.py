@@ -95,6 +95,8 @@ class OODEvaluation(Callback):
                 raise ValueError(f"a score is called by letters, digits, _ . + and -, not {name!r}")
         if bootstrap < 0:
             raise ValueError(f"bootstrap counts replicates, 0 = none; it cannot be {bootstrap}")
+        if heatmaps is not None and not figures:
+            raise ValueError("heatmaps are figures, and figures are false: leave one of them out")
         check_tau_source(tau_source)
         self.scores, self.bootstrap, self.figures = scores, bootstrap, figures
         self.tau_source, self.thresholds, self.embedding = tau_source, thresholds, embedding
@@ -120,6 +122,8 @@ class OODEvaluation(Callback):
             self._check_without_classifier(module)
         if stage != "test":
             return
+        if self.heatmaps is not None and self.heatmaps.paired and "train" not in data.sets:
+            raise ValueError("heatmaps: paired shows ID training images, and the data has none: leave it out")
         for score in self.scores.values():
             module.taps |= score.taps
         if self.embedding is not None:
@@ -252,7 +256,7 @@ class OODEvaluation(Callback):
         if self.heatmap_sample is not None and outputs.maps is not None:
             self.heatmap_sample.add(loader, ids, outputs)
         elif self.heatmaps is not None:
-            raise ValueError(f"heatmaps are asked for: {type(pl_module).__name__} yields none, or figures are false")
+            raise ValueError(f"heatmaps are asked for, and {type(pl_module).__name__} yields none: leave them out")
         by_logits = outputs.logits.argmax(1) if module.num_classes else torch.full_like(labels, -1)
         if loader == "id":
             self._right += (by_logits == labels).sum()

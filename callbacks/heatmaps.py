@@ -68,7 +68,8 @@ class HeatmapSample:
         """Take in the (B,) images of a batch of any split, whose evidence has maps."""
         if split in self.chosen and evidence.maps is not None:
             shown = torch.isin(ids, self.chosen[split].to(ids.device))
-            parts = (ids, evidence.maps, evidence.features["penultimate"], evidence.logits.argmax(1))
+            classes = evidence.logits.argmax(1) if evidence.logits.shape[1] else torch.zeros_like(ids)
+            parts = (ids, evidence.maps, evidence.features["penultimate"], classes)
             self._rows[split].append(tuple(part[shown].detach() for part in parts))
 
     def gather(self, trainer: Trainer, module: OODModule, data: OODDataModule) -> int:
@@ -178,7 +179,9 @@ def heatmap_figure(sets: Mapping[str, Mapping[str, Pictures]], end: float, quant
     """
     rows = [(name, part, shown) for name, parts in sets.items() for part, shown in parts.items()]
     width = max(len(shown) for _, _, shown in rows)
-    figure = Figure(figsize=(INCH * width + 2.2, INCH * len(rows) + 0.25 * len(sets) + 0.6), layout="constrained")
+    figure = Figure(
+        figsize=(max(INCH * width + 2.2, 5.5), INCH * len(rows) + 0.25 * len(sets) + 0.6), layout="constrained"
+    )
     grid = figure.subplots(len(rows), width, squeeze=False)
     for panels, (name, part, shown) in zip(grid, rows, strict=True):
         for panel in panels:

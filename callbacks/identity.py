@@ -18,7 +18,10 @@ def identify(trainer: Trainer, module: OODModule, data: OODDataModule, run_folde
     """Say what was evaluated, on what, by what; a run folder ends with method, setting and name."""
     checkpoint = trainer.ckpt_path
     outliers = None
-    if data.outlier_feed is not None:
+    trained = run_folder is None or read_run(
+        run_folder
+    )  # else the weights are from elsewhere, and so were their outliers
+    if data.outlier_feed is not None and trained:
         outliers = {
             "source": data.sets["outliers"].source,
             "feed": data.outlier_feed,
@@ -45,6 +48,7 @@ def identify(trainer: Trainer, module: OODModule, data: OODDataModule, run_folde
         "packages": package_versions(),
         "hardware": hardware(module.device),
         "processes": trainer.world_size,
+        "notes": module.notes,
         "weights_sha256": weights_sha256(module),
         "parameters": sum(parameter.numel() for parameter in module.parameters()),
         "splits": {

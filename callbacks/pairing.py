@@ -22,6 +22,7 @@ from datamodules.datamodule import OODDataModule
 from datamodules.images import ImageSet
 from datamodules.plans import permutation
 from lightning_modules.evidence import TargetBatch
+from lightning_modules.ood_module import OODModule
 
 ROWS = 8192  # of logits, read at a time
 STREAM = 1_000_000  # of random numbers; orders of training rows take the first ones
@@ -47,6 +48,11 @@ class Pairing(Callback):
 
     def __init__(self, pairing: Literal["nearest", "shuffled"] = "nearest") -> None:
         self.pairing = pairing
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let results state which pairs there were."""
+        module: OODModule = pl_module  # type: ignore[assignment]
+        module.notes["pairing"] = self.pairing
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the pairs and let the data module serve them.

@@ -147,6 +147,7 @@ def print_results(runs: Sequence[Mapping[str, Any]]) -> None:
         if run.get("logit_accuracy") != run["id_accuracy"] and "logit_accuracy" in run:
             accuracy += f" ({100 * run['logit_accuracy']:.2f}% by the logits that the scores read)"
         line = f"{run['experiment']}/{run['name']}: {accuracy}, outliers: {outliers}"
+        line += "".join(f", {name} {value}" for name, value in run.get("notes", {}).items())
         line += ", TRUNCATED evaluation" if run["truncated"] else ""
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 

@@ -102,7 +102,9 @@ def load_arrays(source: ArraySet, size: tuple[int, int] | None = None, labelled:
         raise ValueError(f"{source.path}: channels must be 1 (grey) or 3 (colour), got {channels}")
     height, width = size if size is not None and source.resize is not None else images.shape[1:3]
     images = fit_arrays(images, Fit((channels, height, width), source.resize), source.path)
-    return ArrayImages(torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels), source.path)
+    arrays = ArrayImages(torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels), source.path)
+    arrays.origin = str(anchored(source.path).resolve())
+    return arrays
 
 
 def read_arrays(path: Path) -> tuple[np.ndarray, np.ndarray | None]:

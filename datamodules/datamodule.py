@@ -37,8 +37,7 @@ class OODDataModule(LightningDataModule, ABC):
         repeats: known after ``setup``: OOD set -> for each repeat of ``ood_subset``, the ids of its images.
         fit_rows: known after ``setup``: which of the ID training images, as they are trained on, scores are fitted on.
         removed: known after ``setup``: set of ID images -> how many outliers were left out for being among these, pixel
-            for pixel; images that are decoded each time they are
-            served are not compared.
+            for pixel; larger images, which are decoded each time they are served, are not compared.
         normalizes: whether images are normalised here rather than by the network.
         fit_passes: how often ``test_dataloader`` presents the training images first; the evaluation says so.
         before_test: what ``test_dataloader`` calls first; by then, the network has its weights.
@@ -174,7 +173,9 @@ class OODDataModule(LightningDataModule, ABC):
             chosen = Rows(ood.images, rows) if len(rows) < len(ood.images) else ood.images
             splits[name] = self._pack(chosen).as_outliers()
         if sets.outliers is not None:
-            splits["outliers"] = self._pack(self._draw_outliers(sets.outliers, splits)).as_outliers()
+            fed = self.outlier_feed is not None
+            outliers = self._pack(self._draw_outliers(sets.outliers, splits)) if fed else sets.outliers
+            splits["outliers"] = outliers.as_outliers()
         if self.val_ood is not None and (self.val_ood not in self.groups or "calibration" not in splits):
             raise ValueError(
                 f"val_ood={self.val_ood!r} joins held-out ID images: it takes a val_split, which is {self.val_split}, "
@@ -341,11 +342,10 @@ class OODDataModule(LightningDataModule, ABC):
             return images
 
     def _draw_outliers(self, outliers: ImageSet, splits: dict[str, ImageSet]) -> ImageSet:
-        """Draw the outliers that are fed, without those that are ID images."""
-        if self.outlier_feed is None:
-            return outliers
-        ready = {name: images for name, images in splits.items() if images.stamp() is None}
-        known = {name: ready[name] for name in ready.keys() & {"train", "calibration", "id"}}
+        """Draw the outliers that are fed, without those that are ID images; to decode large ones for it takes long."""
+        known: dict[str, ImageSet] = {}
+        if max(outliers.shape[1:]) <= SMALL or outliers.stamp() is None:
+            known = {name: splits[name] for name in ("train", "calibration", "id") if name in splits}
         outliers, self.removed = draw_outliers(outliers, known, self.num_outliers, self.split_seed, self._pack)
         for name, count in self.removed.items():
             rank_zero_info(f"{count} outliers are left out, which are also images of {name}")

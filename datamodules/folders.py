@@ -91,7 +91,10 @@ def read_folder(source: FolderSet, fit: Fit) -> FolderImages:
         raise ValueError(f"{source.path}: limit must be at least 1, got {source.limit}")
     root = anchored(source.path)
     names = find_images(root)[: source.limit]
-    return FolderImages(root, names, torch.full((len(names),), -1), fit._replace(resize=source.resize or fit.resize))
+    fit = fit._replace(resize=source.resize or fit.resize)
+    images = FolderImages(root, names, torch.full((len(names),), -1), fit)
+    images.origin = str(root.resolve())
+    return images
 
 
 def find_classes(root: Path) -> list[str]:

@@ -61,6 +61,10 @@ class ImageSet(Dataset[Batch], ABC):
         """SHA-256 of where the files are that images are decoded from, and when these changed; ``None``: none are."""
         return None
 
+    def take(self, rows: Tensor) -> "ImageSet":
+        """Return some rows as a set of their own, whose ids count from 0."""
+        return Rows(self, rows)
+
     def as_outliers(self) -> "ImageSet":
         """Return the same images, labelled -1."""
         outliers = copy.copy(self)
@@ -116,6 +120,13 @@ class FolderImages(ImageSet):
             pixels = read_image(self.root / self.names[row], self.fit)
             image.copy_(torch.from_numpy(pixels).view(*self.shape[1:], -1).permute(2, 0, 1))
         return 255 - images if self.invert else images
+
+    def take(self, rows: Tensor) -> ImageSet:
+        """Return some of the files: of the others it need not be known how large they are."""
+        names = [self.names[row] for row in rows.tolist()]
+        taken = FolderImages(self.root, names, self.labels[rows], self.fit, self.invert)
+        taken.source, taken.origin, taken.final = self.source, self.origin, self.final
+        return taken
 
     @cached_property
     def digest(self) -> str:

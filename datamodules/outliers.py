@@ -10,7 +10,7 @@ from torch import Tensor
 
 from datamodules.augmentation import random_crop, random_flip
 from datamodules.duplicates import find_duplicates
-from datamodules.images import ImageSet, Rows, sha256
+from datamodules.images import ImageSet, sha256
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class OutlierPool:
             raise ValueError(f"outliers: pool={self.pool}, but {self.name} offers only {len(images)} images")
         if self.pool in (None, len(images)):
             return images
-        return Rows(images, consecutive(len(images), self.pool, seed).sort().values)
+        return images.take(consecutive(len(images), self.pool, seed).sort().values)
 
 
 def draw_outliers(
@@ -57,7 +57,7 @@ def draw_outliers(
 ) -> tuple[ImageSet, dict[str, int]]:
     """Draw outliers that are none of the ID images, pixel for pixel.
 
-    Only what is drawn is read, however large the set. Images that would have to be decoded for it are not compared.
+    Only what is drawn is read, however large the set. Windows of larger images are not compared: they are no one's.
 
     Args:
         outliers: to draw from.
@@ -74,15 +74,15 @@ def draw_outliers(
         ValueError: there are not so many.
     """
     length = len(outliers)
-    wanted = length if count is None else count
+    wanted, known = length if count is None else count, {} if outliers.final else known
     order = torch.from_numpy(np.random.default_rng(seed).permutation(length))
     rows, looked_at, removed = order[:0], 0, dict.fromkeys(known, 0)
     while len(rows) < wanted and looked_at < length:
         drawn = order[looked_at : looked_at + wanted - len(rows)].sort().values
         looked_at += len(drawn)
-        chosen = decode(outliers if len(drawn) == length else Rows(outliers, drawn))
         duplicate = torch.zeros(len(drawn), dtype=torch.bool)
-        for name, found in find_duplicates(chosen, known if chosen.stamp() is None else {}).items():
+        chosen = decode(outliers if len(drawn) == length else outliers.take(drawn)) if known else outliers
+        for name, found in find_duplicates(chosen, known).items():
             removed[name] += int(found.sum())
             duplicate |= found
         rows = torch.cat([rows, drawn[~duplicate]])
@@ -93,7 +93,7 @@ def draw_outliers(
             f"num_outliers={count}, but {outliers.source} offers only {len(rows)} outliers: it has {length} images"
             + others
         )
-    return outliers if len(rows) == length else Rows(outliers, rows.sort().values), removed
+    return outliers if len(rows) == length else outliers.take(rows.sort().values), removed
 
 
 def consecutive(length: int, count: int, seed: int, skipped: int = 10_000) -> Tensor:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from backbones import weights
-from callbacks.run_record import read_config, read_run
+from callbacks.run_record import read_config, read_run, replaced
 
 
 class Setting(NamedTuple):
@@ -49,7 +49,7 @@ def find_latest(root: Path, wanted: Setting) -> Path:
     Raises:
         FileNotFoundError: there is none.
     """
-    found = [folder for folder in root.glob("*/*") if _setting_of(folder) == wanted and _complete(folder)]
+    found = [folder for folder in root.glob("*/*") if _agrees(_setting_of(folder), wanted) and _complete(folder)]
     if not found:
         asked = ", ".join(f"{field}={value}" for field, value in wanted._asdict().items())
         raise FileNotFoundError(f"no finished run with {asked} in {root}")
@@ -73,6 +73,11 @@ def _setting_of(folder: Path) -> Setting | None:
         return None
 
 
+def _agrees(setting: Setting | None, wanted: Setting) -> bool:
+    """Compare values and types: 18.0 is not 18, and True is not 1."""
+    return setting == wanted and [*map(type, setting or ())] == [*map(type, wanted)]
+
+
 def _data(class_path: str, options: Mapping[str, Any]) -> str:
     own = options.get("train")
     if isinstance(own, Mapping):
@@ -81,12 +86,16 @@ def _data(class_path: str, options: Mapping[str, Any]) -> str:
 
 
 def _complete(folder: Path) -> bool:
-    return (folder / "last.ckpt").is_file() and _record(folder).get("status", "finished") == "finished"
+    """Whether a run is finished, and no other is about to overwrite it."""
+    finished = _record(folder).get("status", "finished") == "finished"
+    return (folder / "last.ckpt").is_file() and finished and folder.suffix != replaced(folder).suffix
 
 
 def _time(folder: Path) -> float:
-    ended = _record(folder).get("ended")
-    return datetime.fromisoformat(ended).timestamp() if ended else (folder / "last.ckpt").stat().st_mtime
+    try:
+        return datetime.fromisoformat(_record(folder)["ended"]).timestamp()
+    except (KeyError, TypeError, ValueError):  # there is no record, or it is damaged
+        return (folder / "last.ckpt").stat().st_mtime
 
 
 def _record(folder: Path) -> dict[str, Any]:

@@ -60,6 +60,8 @@ class TargetBatch(NamedTuple):
 
 def need_cached(batch: object, method: str) -> EvidenceBatch:
     """Return a training batch that holds evidence, and raise a ``ValueError`` in words where it holds images."""
+    if isinstance(batch, TargetBatch):
+        raise ValueError(f"{method} trains on cached features alone: leave callbacks.pairing.Pairing out")
     if not isinstance(batch, EvidenceBatch):
         raise ValueError(
             f"{method} trains on cached features, this batch holds images: add "

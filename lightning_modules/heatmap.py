@@ -125,7 +125,13 @@ class Heatmap(OODModule):
                     f"of {type(backbone).__name__}. One block of the decoder makes images of 4x4, each further one "
                     "doubles the side"
                 )
+        if feature_norm == "minmax" and "origin" in vars(decoder):
+            raise ValueError(
+                "the weights of a decoder come without the scale of its features, and those of published ones hardly "
+                "had one: set feature_norm to none"
+            )
         self.decoder, self.fw_layers = decoder, fw_layers
+        self.notes = {"feature_norm": feature_norm, "fw_layers": fw_layers}
         self.maps = [f"{stage}.map" for stage in backbone.stages[::-1][: fw_layers - 1]]
         if len(self.maps) < fw_layers - 1:
             raise ValueError(f"{type(backbone).__name__} has {len(backbone.stages)} stages, too few for {fw_layers=}")
@@ -179,6 +185,8 @@ class Heatmap(OODModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Average the score over held-out ID images and, to watch, over those labelled -1."""
         images, labels, _ = batch
+        if self.minmax is not None and not self.minmax.fitted:
+            raise ValueError("the scale of the features is not known: train the decoder, or set feature_norm to none")
         scores, known = self(images).scores["heatmap"], labels >= 0
         self.val_id.update(scores[known])  # a process's share may hold none
         self.val_ood.update(scores[~known])
@@ -195,7 +203,7 @@ class Heatmap(OODModule):
         """Run the network once: its evidence, and the maps that are forwarded."""
         evidence = observe(self.backbone, images, {*self.taps, *self.maps})
         features, maps = dict(evidence.features), [evidence.features[name] for name in self.maps]
-        for name in self.maps:
+        for name in set(self.maps) - self.taps:
             del features[name]
         if maps:
             values = torch.cat([features["penultimate"], *(map_.flatten(1) for map_ in maps)], 1)

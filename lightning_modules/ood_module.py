@@ -44,6 +44,7 @@ class OODModule(LightningModule, ABC):
         extra_forwards: passes of an image through a network in a test, beside the one, as the evaluation reports.
         needs_outliers: whether training batches must hold auxiliary outliers; the data module then has an
             ``outlier_feed``.
+        notes: choices of the method, by name, that a result is to state.
         num_classes: K, the width of the logits; 0 for a method without classes, which validates in its own way.
 
     Args:
@@ -72,6 +73,7 @@ class OODModule(LightningModule, ABC):
         self.backbone = backbone  # type: ignore[assignment]
         self.num_classes = backbone.num_classes if isinstance(backbone, Backbone) else 0
         self.taps: set[str] = set()
+        self.notes: dict[str, str | int] = {}
         self._optimizer, self._lr_scheduler, self._lr_interval = optimizer, lr_scheduler, lr_interval
         if self.num_classes:
             self.val_accuracy = MulticlassAccuracy(self.num_classes, average="micro")

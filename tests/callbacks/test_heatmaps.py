@@ -163,10 +163,10 @@ def test_of_a_truncated_test_the_images_that_it_saw_are_drawn():
 
 
 def test_maps_that_cannot_be_drawn_are_refused():
-    with pytest.raises(ValueError, match=r"heatmaps are asked for: Classifier yields none"):
+    with pytest.raises(ValueError, match="heatmaps are asked for, and Classifier yields none"):
         drawn(module(), images=2)
-    with pytest.raises(ValueError, match="or figures are false"):
-        evaluate(OODEvaluation({"msp": MSP()}, bootstrap=0, figures=False, heatmaps=Heatmaps()), module(Drawing))
+    with pytest.raises(ValueError, match="figures are false"):
+        OODEvaluation({"msp": MSP()}, bootstrap=0, figures=False, heatmaps=Heatmaps())
     for options in ({"images": 0}, {"quantile": 0.0}, {"quantile": 1.1}):
         with pytest.raises(ValueError, match="at least 1 of the images of each set, and a quantile above 0"):
             Heatmaps(**options)

@@ -160,7 +160,7 @@ data:
     ood:
       svhn: {{path: {ood}, group: near, limit: 3}}
       mnist: {{path: {ood}, resize: pad, channels: 1}}
-    outliers: {{path: {ood}}}
+    outliers: {{path: {outliers}}}
     batch_size: 4
     val_split: 0.25
     mean: [0.5]
@@ -180,6 +180,7 @@ def test_yaml_builds_it_and_comes_back(save):
         train=save("train.npz", pixels(16, 4, 4), np.arange(16) % 2),
         test=save("test.npz", pixels(6, 4, 4), np.arange(6) % 2),
         ood=save("ood.npz", pixels(9, 4, 4)),
+        outliers=save("outliers.npz", pixels(9, 4, 4)),
     )
     config = parser.parse_string(text)
     again = parser.parse_string(parser.dump(config))

@@ -498,7 +498,8 @@ def test_where_nothing_can_be_kept_images_are_decoded_each_time(tmp_path, kept, 
     with pytest.warns(UserWarning, match=r"images are decoded each time .* cannot be kept in .*\.packed: ") as warned:
         data = toy(sets, outlier_feed="paired")
     assert len(warned) == 1
-    assert decoded == []
+    assert len(decoded) == 110  # outliers and ID images, to compare them
+    decoded.clear()
     list(data.test_dataloader()["id"])
     list(data.test_dataloader()["id"])
     assert len(decoded) == 60

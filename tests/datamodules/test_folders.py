@@ -187,7 +187,7 @@ data:
     resize: crop
     ood:
       other: {{path: {root}/ood, group: near}}
-    outliers: {{path: {root}/ood, limit: 2, resize: squash}}
+    outliers: {{path: {root}/test/dog, limit: 2, resize: squash}}
     batch_size: 4
 """
     config = parser.parse_string(text)

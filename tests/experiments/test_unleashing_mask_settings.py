@@ -58,14 +58,21 @@ NETWORKS = {
 }
 DATA = {  # what all have in common, most of it by default
     **{"seed": 0, "split_seed": 0, "known": None, "subset": None, "ood_subset": None, "fit_limit": None},
-    **{"outlier_feed": None, "outlier_ratio": 1.0, "balanced": None, "val_ood": None, "eval_batch_size": None},
+    **{
+        "outlier_feed": None,
+        "outlier_ratio": 1.0,
+        "num_outliers": None,
+        "balanced": None,
+        "val_ood": None,
+        "eval_batch_size": None,
+    },
     **{"augmentation": None, "mean": None, "std": None, "num_workers": 0},
 }
 ON_PUBLIC = {"protocol": "unleashing_mask", "train": True, "outliers": None, "own": None, "resize": None, "root": None}
 ON_CIFAR = DATA | ON_PUBLIC | {"augmentation": "protocol", "drop_last": False, "val_split": 0.02, "ood": None}
 ON_DIGITS = DATA | {"known": 6, "ood": ("photograph", "noise"), "val_split": 0.15, "mean": [0.5], "std": [0.5]}
 EVALUATION = {"rules": "unleashing_mask", "bootstrap": 1000, "figures": True, "tau_source": "id_val"}
-EVALUATION |= {"thresholds": False, "embedding": None, "folder": None, "subfolder": ""}
+EVALUATION |= {"thresholds": False, "embedding": None, "heatmaps": None, "folder": None, "subfolder": ""}
 SCORES = {
     "msp": ("logits.MSP", {}),
     "energy": ("logits.Energy", {"temperature": 1.0}),
