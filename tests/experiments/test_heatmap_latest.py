@@ -48,9 +48,25 @@ def test_each_field_must_agree(tmp_path, run, field):
             find_latest(tmp_path, run._replace(**{field: None}))
 
 
-def test_types_must_agree_too(tmp_path):
-    write(tmp_path / "setting" / "seed0", RESNET._replace(depth="18"))
-    write(tmp_path / "setting" / "seed1", RESNET._replace(layers="1"))
+@pytest.mark.parametrize("other", [{"depth": "18"}, {"depth": 18.0}, {"layers": "1"}, {"layers": True}])
+def test_types_must_agree_too(tmp_path, other):
+    write(tmp_path / "setting" / "seed0", RESNET._replace(**other))
+    with pytest.raises(FileNotFoundError):
+        find_latest(tmp_path, RESNET)
+
+
+@pytest.mark.parametrize("ended", [5, "yesterday", None, []])
+def test_where_the_record_tells_no_time_the_checkpoint_does(tmp_path, ended):
+    old, new = write(tmp_path / "a" / "old"), write(tmp_path / "a" / "new", ended=ended)
+    os.utime(new / "last.ckpt", (4e9, 4e9))
+    assert find_latest(tmp_path, RESNET) == new
+    os.utime(new / "last.ckpt", (1, 1))
+    assert find_latest(tmp_path, RESNET) == old
+
+
+def test_a_run_that_is_about_to_be_overwritten_is_none_and_folders_inside_are_none(tmp_path):
+    write(tmp_path / "a" / "seed0.replaced", ended=TIMES["newest"])
+    write(tmp_path / "a" / "seed0" / "inside", ended=TIMES["newest"])
     with pytest.raises(FileNotFoundError):
         find_latest(tmp_path, RESNET)
 

@@ -270,3 +270,22 @@ def test_what_does_not_go_together_is_said(folder, capsys, case):
         code = stopped.code
     assert code == 2
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_result_states_pairs_scale_and_layers(folder, trained, capsys):
+    results, _ = evaluate(folder, "seed0", "stated")
+    assert results["notes"] == {"feature_norm": "minmax", "fw_layers": 1, "pairing": "nearest"}
+    assert "of flower.jpg, mixed, feature_norm minmax, fw_layers 1, pairing nearest" in capsys.readouterr().out
+
+
+def test_a_published_decoder_is_tested_as_it_was_trained(folder, tmp_path, capsys):
+    file = tmp_path / "model.pt"
+    decoder = HeatmapDecoder(64, 6, 64, (64, 32), channels=1)
+    torch.save({"min": 0, "max": 2.5, 149: {"generator": published(decoder)}}, file)
+    command = ["test", *SETTING, *MUTE, "--name", "published", "--model.decoder.weights", str(file)]
+    assert main(command) == 2
+    assert "set feature_norm to none" in capsys.readouterr().err
+    assert main([*command, "--model.feature_norm", "none"]) == 0
+    results, columns = read(folder / "heatmap" / "digits" / "published")
+    assert results["outliers"] is None  # of this run; its decoder had others
+    assert np.isfinite(columns["score/heatmap"]).all()

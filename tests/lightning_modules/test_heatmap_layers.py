@@ -188,3 +188,9 @@ def test_the_decoder_draws_in_the_precision_of_its_weights(dtype):
     evidence = module(torch.randn(3, 1, 8, 8, dtype=dtype))
     assert evidence.maps.dtype == torch.promote_types(dtype, torch.float32)
     assert evidence.scores["heatmap"].isfinite().all()
+
+
+def test_a_decoder_whose_scale_is_not_known_is_not_validated():
+    module = make(digits_net(), small_decoder(widths=(16, 8)))
+    with pytest.raises(ValueError, match="the scale of the features is not known: train the decoder"):
+        module.validation_step((torch.zeros(2, 1, 8, 8), torch.zeros(2), torch.arange(2)), 0)
