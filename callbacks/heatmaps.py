@@ -17,7 +17,7 @@ from lightning_modules.distributed import gather_rows
 from lightning_modules.evidence import Evidence
 from lightning_modules.ood_module import OODModule
 
-INCH = 0.9  # side of a picture
+INCH, LABELS = 0.9, 0.5  # side of a picture, and what labels at the left take beyond their margin
 Pictures = NDArray[np.floating]
 
 
@@ -30,7 +30,7 @@ class Heatmaps:
     Attributes:
         images: how many of each set, spread over it.
         quantile: where the scale ends.
-        signed: add the map with its signs, as a change of colour; grey = none.
+        signed: add the map with its signs, as a change of colour on the same scale; grey = none.
         reconstruction: add the image with the map added to it.
         paired: add the ID training image that is nearest to the image, in the features of the same predicted class, as
             for outliers in training; this takes a pass over the ID training images.
@@ -96,17 +96,18 @@ class HeatmapSample:
     def figure(self, data: OODDataModule) -> Figure:
         """Draw all sets, one below the other."""
         columns: dict[str, dict[str, Pictures]] = {}
+        end = scale_end(self.maps, self.options.quantile)
         for split, maps in self.maps.items():
             images = pictures(data, split, self.chosen[split][: len(maps)])
             rows = {"image": images, "heatmap": np.abs(maps).max(1)}
             if self.options.signed:
-                rows["signed"] = channels_last(maps) / 2 + 0.5
+                rows["signed"] = channels_last(maps) / (2 * end) + 0.5
             if self.options.reconstruction:
                 rows["reconstruction"] = images + channels_last(maps) / 2  # black to white is 2 in a map, 1 here
             if self.options.paired:
                 rows["paired"] = pictures(data, "fit", self.neighbours[split])
             columns[split] = rows
-        return heatmap_figure(columns, scale_end(self.maps, self.options.quantile), self.options.quantile)
+        return heatmap_figure(columns, end, self.options.quantile)
 
 
 def spread(size: int, count: int) -> Tensor:
@@ -179,9 +180,9 @@ def heatmap_figure(sets: Mapping[str, Mapping[str, Pictures]], end: float, quant
     """
     rows = [(name, part, shown) for name, parts in sets.items() for part, shown in parts.items()]
     width = max(len(shown) for _, _, shown in rows)
-    figure = Figure(
-        figsize=(max(INCH * width + 2.2, 5.5), INCH * len(rows) + 0.25 * len(sets) + 0.6), layout="constrained"
-    )
+    inches = max(INCH * width + 2.2, 5.5), INCH * len(rows) + 0.25 * len(sets) + 0.6
+    figure, labels = Figure(figsize=inches), LABELS / inches[0]
+    figure.set_layout_engine("constrained", rect=(labels, 0, 1 - labels, 1))
     grid = figure.subplots(len(rows), width, squeeze=False)
     for panels, (name, part, shown) in zip(grid, rows, strict=True):
         for panel in panels:

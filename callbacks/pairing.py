@@ -50,8 +50,17 @@ class Pairing(Callback):
         self.pairing = pairing
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let results state which pairs there were."""
+        """Let results state which pairs there were.
+
+        Raises:
+            ValueError: there is another one of this kind.
+        """
         module: OODModule = pl_module  # type: ignore[assignment]
+        if sum(isinstance(callback, Pairing) for callback in trainer.callbacks) > 1:  # type: ignore[attr-defined]
+            raise ValueError(
+                "there are two callbacks.pairing.Pairing: to change the last callback of a YAML say "
+                "--trainer.callbacks.init_args.pairing shuffled"
+            )
         module.notes["pairing"] = self.pairing
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

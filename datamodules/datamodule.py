@@ -356,7 +356,9 @@ class OODDataModule(LightningDataModule, ABC):
         if self.val_split and sets.train is None:
             raise ValueError(f"val_split={self.val_split} holds out ID training images, but there are none")
         if self.outlier_feed is not None and sets.outliers is None:
-            raise ValueError(f"outlier_feed={self.outlier_feed!r} needs outliers, but the data has none")
+            raise ValueError(
+                f"outlier_feed={self.outlier_feed!r} needs outliers, but the data has none: without any, set it to null"
+            )
         for option, values in (("mean", self.mean), ("std", self.std)):
             if values is not None and len(values) not in (1, sets.test.shape[0]):
                 raise ValueError(f"{option} has {len(values)} values, the images have {sets.test.shape[0]} channels")

@@ -89,10 +89,8 @@ def draw_outliers(
     removed = {name: number for name, number in removed.items() if number}
     if len(rows) < (1 if count is None else count):
         others = "".join(f", {number} of them also images of {name}" for name, number in removed.items())
-        raise ValueError(
-            f"num_outliers={count}, but {outliers.source} offers only {len(rows)} outliers: it has {length} images"
-            + others
-        )
+        asked = "no outliers are left" if count is None else f"num_outliers={count}, but only {len(rows)} are left"
+        raise ValueError(f"{asked} of {outliers.source}, which has {length} images{others}")
     return outliers if len(rows) == length else outliers.take(rows.sort().values), removed
 
 

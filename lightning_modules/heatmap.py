@@ -22,6 +22,11 @@ from lightning_modules.losses.target_image import target_image_loss
 from lightning_modules.ood_module import Batch, Images, OODModule
 from lightning_modules.scores.score import Fitted, read_tap, widen
 
+NO_PAIRS = (
+    "Heatmap trains on pairs of images: add callbacks.frozen_features.FrozenFeatures and, behind it, "
+    "callbacks.pairing.Pairing to trainer.callbacks+"
+)
+
 
 def heatmap_score(heatmaps: Tensor) -> Tensor:
     """Mean over positions of the largest absolute value over channels, (B, C, H, W) to (B,): 0 to 1, higher = more OOD.
@@ -114,17 +119,16 @@ class Heatmap(OODModule):
         if not 1 <= fw_layers <= 4:
             raise ValueError(f"fw_layers must be 1, 2, 3 or 4, got {fw_layers}")
         sides = {
-            "features": (decoder.num_features, backbone.num_features),
-            "classes": (decoder.num_classes, backbone.num_classes),
+            "num_features": (decoder.num_features, backbone.num_features),
+            "num_classes": (decoder.num_classes, backbone.num_classes),
             "image shape": (decoder.shape, tuple(backbone.input_shape)),
         }
-        for what, (of_decoder, of_backbone) in sides.items():
-            if of_decoder != of_backbone:
-                raise ValueError(
-                    f"decoder and network do not fit: {what} {of_decoder} of {type(decoder).__name__}, {of_backbone} "
-                    f"of {type(backbone).__name__}. One block of the decoder makes images of 4x4, each further one "
-                    "doubles the side"
-                )
+        if misfits := [f"{what} {mine}, not {its}" for what, (mine, its) in sides.items() if mine != its]:
+            rule = ". One block makes images of 4x4, each further one doubles the side"
+            raise ValueError(
+                f"{type(decoder).__name__} does not fit {type(backbone).__name__}, it has {'; '.join(misfits)}"
+                + (rule if decoder.shape != tuple(backbone.input_shape) else "")
+            )
         if feature_norm == "minmax" and "origin" in vars(decoder):
             raise ValueError(
                 "the weights of a decoder come without the scale of its features, and those of published ones hardly "
@@ -147,6 +151,11 @@ class Heatmap(OODModule):
                 image = next(self.decoder.parameters()).new_zeros(1, *self.backbone.input_shape)
                 self.decoder.check_maps(self._look(image)[1])
 
+    def on_fit_start(self) -> None:
+        """Refuse to train without pairs, before anything of an older run is lost."""
+        if "pairing" not in self.notes:
+            raise ValueError(NO_PAIRS)
+
     def encode(self, images: Images) -> Evidence:
         """Return logits, penultimate features and, where maps are forwarded, (B, 2) extremes of each image's values."""
         return self._look(images)[0]
@@ -168,10 +177,7 @@ class Heatmap(OODModule):
     def training_step(self, batch: Batch | TargetBatch, batch_idx: int) -> Tensor:
         """Return the loss of a batch of images and targets."""
         if not isinstance(batch, TargetBatch):
-            raise ValueError(
-                "Heatmap trains on pairs of images: add callbacks.frozen_features.FrozenFeatures and, behind it, "
-                "callbacks.pairing.Pairing to trainer.callbacks+"
-            )
+            raise ValueError(NO_PAIRS)
         maps: list[Tensor] = []
         if self.maps:
             with torch.no_grad():

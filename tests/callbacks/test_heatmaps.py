@@ -81,6 +81,7 @@ def test_images_are_shown_as_they_are_above_their_maps():
     data = Pixels(mean=[0.1], std=[0.7])
     evaluation = drawn(images=3, signed=True, reconstruction=True, data=data)
     figure = figure_of(evaluation, data)
+    end = scale_end(evaluation.heatmap_sample.maps, 0.99)
     for index, name in enumerate(SETS):
         rows = spread(data.sizes[name], 3)
         pixels = data.sets[name].read(rows).numpy()[:, 0] / 255
@@ -88,7 +89,7 @@ def test_images_are_shown_as_they_are_above_their_maps():
         expected = {
             "image": pixels,
             "heatmap": np.abs(maps),
-            "signed": 0.5 + maps / 2,
+            "signed": 0.5 + maps / (2 * end),
             "reconstruction": pixels + maps / 2,
         }
         for part, values in expected.items():

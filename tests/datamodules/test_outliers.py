@@ -62,11 +62,15 @@ def test_only_what_is_drawn_is_read(monkeypatch):
 
 def test_fewer_outliers_than_are_to_be_drawn():
     whole = images(12)
-    with pytest.raises(ValueError, match=r"^num_outliers=13, but others offers only 12 outliers: it has 12 images$"):
+    with pytest.raises(ValueError, match=r"^num_outliers=13, but only 12 are left of others, which has 12 images$"):
         drawn(whole, 13)
-    with pytest.raises(ValueError, match=r"only 9 outliers: it has 12 images, 3 of them also images of id$"):
+    with pytest.raises(
+        ValueError, match=r"only 9 are left of others, which has 12 images, 3 of them also images of id$"
+    ):
         drawn(whole, 10, id=Rows(whole, torch.arange(3)))
-    with pytest.raises(ValueError, match=r"only 0 outliers: it has 12 images, 12 of them also images of id$"):
+    with pytest.raises(
+        ValueError, match=r"^no outliers are left of others, which has 12 images, 12 of them also images of id$"
+    ):
         drawn(whole, None, id=whole)
 
 

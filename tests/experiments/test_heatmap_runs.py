@@ -249,14 +249,21 @@ REFUSED = {
     ),
     "more outliers than there are": (
         ["--data.init_args.num_outliers", "443"],
-        "num_outliers=443, but flower.jpg offers only 442 outliers",
+        "num_outliers=443, but only 442 are left of flower.jpg",
     ),
     "layers that do not exist": (["--model.fw_layers", "5"], "fw_layers must be 1, 2, 3 or 4, got 5"),
     "augmented images": (
         ["--data.init_args.augmentation", "{flip: true}"],
         "features are cached of images as they are",
     ),
-    "a decoder of other images": (["--model.decoder.widths", "[64]"], "decoder and network do not fit: image shape"),
+    "a decoder of other images": (
+        ["--model.decoder.widths", "[64]"],
+        "HeatmapDecoder does not fit DigitsNet, it has image shape",
+    ),
+    "two kinds of pairs": (
+        ["--trainer.callbacks+", "callbacks.pairing.Pairing"],
+        "say --trainer.callbacks.init_args.pairing shuffled",
+    ),
     "no pairs": (["--trainer.callbacks", "null"], "add callbacks.frozen_features.FrozenFeatures"),
 }
 
@@ -270,6 +277,15 @@ def test_what_does_not_go_together_is_said(folder, capsys, case):
         code = stopped.code
     assert code == 2
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_run_without_pairs_does_not_destroy_the_one_that_it_was_to_overwrite(folder, trained):
+    before = last(folder, "seed0")["global_step"]
+    features = '[{"class_path": "callbacks.frozen_features.FrozenFeatures"}]'
+    command = ["fit", *SETTING, *MUTE, "--name", "seed0", "--overwrite", "true", "--trainer.callbacks", features]
+    assert main(command) == 2
+    assert last(folder, "seed0")["global_step"] == before
+    assert (folder / "heatmap" / "digits" / "seed0" / "results.json").is_file()
 
 
 def test_a_result_states_pairs_scale_and_layers(folder, trained, capsys):

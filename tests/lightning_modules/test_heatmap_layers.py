@@ -157,17 +157,18 @@ def test_a_network_with_too_few_stages_is_refused():
 
 
 MISFITS = {
-    "features": (small_decoder(features=63), r"features 63 of HeatmapDecoder, 64 of DigitsNet"),
-    "classes": (small_decoder(CLASSES - 1), r"classes 4 of HeatmapDecoder, 5 of DigitsNet"),
-    "channels": (small_decoder(channels=3), r"image shape \(3, 8, 8\) of HeatmapDecoder, \(1, 8, 8\) of DigitsNet"),
-    "blocks": (small_decoder(widths=(8, 8, 8)), r"image shape \(1, 16, 16\) .*each further one doubles the side$"),
+    "features": (small_decoder(features=63), r"num_features 63, not 64$"),
+    "classes": (small_decoder(CLASSES - 1), r"num_classes 4, not 5$"),
+    "channels": (small_decoder(channels=3), r"image shape \(3, 8, 8\), not \(1, 8, 8\)"),
+    "all": (small_decoder(4, features=63), r"num_features 63, not 64; num_classes 4, not 5$"),
+    "blocks": (small_decoder(widths=(8, 8, 8)), r"image shape \(1, 16, 16\), .*each further one doubles the side$"),
 }
 
 
 @pytest.mark.parametrize("case", MISFITS)
 def test_a_decoder_that_does_not_fit_the_network_is_refused(case):
     decoder, message = MISFITS[case]
-    with pytest.raises(ValueError, match=f"^decoder and network do not fit: {message}"):
+    with pytest.raises(ValueError, match=f"^HeatmapDecoder does not fit DigitsNet, it has {message}"):
         make(DigitsNet(CLASSES), decoder)
 
 
