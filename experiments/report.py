@@ -8,8 +8,9 @@ from backbones.weights import CHECKPOINTS
 from experiments.reports.comparison import compare
 from experiments.reports.page import to_html
 from experiments.reports.published import beside
-from experiments.reports.runs import find_runs, read_runs
+from experiments.reports.runs import find_runs
 from experiments.reports.texts import print_console, to_csv, to_latex, to_markdown
+from experiments.reports.trial import read_runs
 
 
 def report(args: Sequence[str]) -> None:

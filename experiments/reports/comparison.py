@@ -148,7 +148,7 @@ def compare(runs: Sequence[Run]) -> tuple[list[Comparison], dict[Path, str]]:
 def _repeats(run: Run, other: Run) -> bool:
     """Whether two runs are no two seeds of a setting."""
     here, there = run.results, other.results
-    same = any(here[key] == there[key] for key in ("seed", "weights_sha256"))
+    same = any(here.get(key) is not None and here[key] == there.get(key) for key in ("seed", "weights_sha256"))
     return same and setting_of(here) == setting_of(there) and _comparable(run, other)
 
 

@@ -85,7 +85,7 @@ def threshold(run: Run, samples: Samples, score: str) -> float:
 
     Where no such threshold was recorded, that of the ID test images.
     """
-    recorded = run.results.get("thresholds", {}).get(score)
+    recorded = (run.results.get("thresholds") or {}).get(score)
     return threshold_at_tpr(samples.of("id").scores[score]) if recorded is None else recorded
 
 

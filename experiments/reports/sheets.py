@@ -82,14 +82,14 @@ def notes(comparison: Comparison) -> list[str]:
     }
     said.append(
         "Seconds to fit are those of the run alone, without the training of weights that it starts from; milliseconds "
-        f"are those of network and score in a batch. Times were taken on: {', '.join(sorted(machines))}."
+        f"are those of network and score in a batch. Times were taken on: {', '.join(sorted(machines)) or 'unknown'}."
     )
     return [text for text in said if text]
 
 
 def hardware(*records: Mapping[str, Any]) -> list[str]:
     """Name what computed, as the records of a run say."""
-    return [record["hardware"] for record in records if "hardware" in record]
+    return [record["hardware"] for record in records if record.get("hardware")]
 
 
 def beside_sheet(beside: Sequence[Beside]) -> Sheet:

@@ -16,8 +16,9 @@ from experiments.__main__ import main
 from experiments.reports.comparison import compare
 from experiments.reports.examples import examples
 from experiments.reports.published import PUBLISHED, beside
-from experiments.reports.runs import find_runs, read_runs
+from experiments.reports.runs import find_runs
 from experiments.reports.sheets import sheets
+from experiments.reports.trial import read_runs
 
 
 @pytest.fixture(scope="module")
@@ -212,9 +213,131 @@ def test_what_is_damaged_is_reported_and_not_fatal(write, checkpoints, capsys):
         (line,) = [line for line in printed.splitlines() if line.startswith(f"not in the tables: {folder}: ")]
         assert reason in line
         assert f"<b>{folder}</b>: " in page
-    assert "No images: " in page
+    assert "Missing: " in page
     assert "is not a readable scores.npz" in page
     assert str(good) not in "".join(map(str, problems))
+
+
+FULL = {"packages": {"python": "3"}, "weights": {}, "record": {"weights": {}, "starts": ["today"]}}
+
+
+def reported(folders, checkpoints):
+    """Write the report and return the methods in its tables, and the folders that are told to be in none."""
+    assert main(["report", *map(str, folders)]) == 0
+    with open(checkpoints / "report" / "report.csv", newline="") as file:
+        methods = {row["method"] for row in csv.DictReader(file)}
+    markdown = (checkpoints / "report" / "report.md").read_text().replace("\\", "")
+    return methods, [folder for folder in folders if f"- {folder}: " in markdown.partition("## Not in")[2]]
+
+
+def test_a_key_that_is_gone_or_another_thing_spoils_no_report(write, checkpoints):
+    """All ways to damage a file at once, each in a folder of its own: each is in a table, or among the problems."""
+    good, whole = write("toy/good/seed0", method="Good"), write("toy/whole/seed0", method="Whole", **FULL)
+    damaged = {}
+    for file in ("results.json", "run.json"):
+        for key in json.loads((whole / file).read_text()):
+            for i, value in enumerate([..., None, "text", []]):
+                folder = checkpoints / "bad" / f"{file}-{key}-{i}".replace(".", "-")
+                shutil.copytree(whole, folder)
+                results = json.loads((folder / "results.json").read_text())
+                name, sha = f"bad{len(damaged)}", f"sha{len(damaged)}"
+                results |= {"method": name, "experiment": name, "weights_sha256": sha}
+                (folder / "results.json").write_text(json.dumps(results))
+                spoiled = json.loads((folder / file).read_text()) | {key: value}
+                (folder / file).write_text(json.dumps({k: v for k, v in spoiled.items() if v is not ...}))
+                damaged[folder] = name
+    methods, told = reported([good, *damaged], checkpoints)
+    assert "Good" in methods
+    assert good not in told
+    silent = [
+        folder.name
+        for folder, name in damaged.items()
+        if folder not in told and not any(name in method for method in methods)
+        if "json-method-" not in folder.name  # which then has another name
+    ]
+    assert silent == []
+    assert {folder.name for folder in told} >= {
+        f"results-json-{key}-{i}" for key in ("rows", "splits", "configuration", "metric_rules") for i in range(3)
+    }
+
+
+DAMAGES = {
+    "there is a NaN": lambda results: results["rows"][0].update(auroc=float("nan")),
+    "a bound is null": lambda results: results["rows"][0].update(auroc_low=None),
+    "a bound lacks the other": lambda results: results["rows"][0].pop("aupr_in_high"),
+    "there are no rows": lambda results: results["rows"].clear(),
+    "a split lacks its size": lambda results: results["splits"]["far"].pop("size"),
+    "outliers lack their size": lambda results: results.update(outliers={"source": "x", "size": None, "feed": "y"}),
+    "duplicates are a list": lambda results: results.update(
+        outliers={"source": "x", "size": 1, "feed": "y", "duplicates": [1]}
+    ),
+    "the model is a text": lambda results: results["configuration"].update(model="Toy"),
+    "a group is unknown": lambda results: results["rows"][0].update(group="middle"),
+    "a number is a text": lambda results: results["means"][0].update(fpr95="0.5"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_what_is_damaged_within_is_told(write, checkpoints, damage):
+    good, bad = write("toy/good/seed0", method="Good"), write("toy/bad/seed0", method="Bad")
+    results = json.loads((bad / "results.json").read_text())
+    DAMAGES[damage](results)
+    (bad / "results.json").write_text(json.dumps(results))
+    assert reported([good, bad], checkpoints) == ({"Good"}, [bad])
+
+
+@pytest.mark.parametrize("record", [{"starts": [1]}, {"trained_parameters": "many"}, {"seconds": "long"}])
+def test_a_damaged_record_of_training_is_told(write, checkpoints, record):
+    good, bad = write("toy/good/seed0", method="Good"), write("toy/bad/seed0", method="Bad", record=record)
+    assert reported([good, bad], checkpoints) == ({"Good"}, [bad])
+
+
+def changed(**columns):
+    """Return what changes columns of ``scores.npz``: each from its own values."""
+
+    def change(path):
+        with np.load(path) as stored:
+            arrays = dict(stored)
+        for name, to in columns.items():
+            arrays[name.replace("__", "/")] = to(arrays[name.replace("__", "/")])
+        np.savez(path, **arrays)
+
+    return change
+
+
+def flip(path):
+    """Flip a bit in the middle of the first compressed column."""
+    content = bytearray(path.read_bytes())
+    content[60] ^= 16
+    path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        flip,
+        changed(score__energy=lambda scores: np.where(scores > 1, np.nan, scores)),
+        changed(score__energy=lambda scores: scores[:-1]),
+        changed(ids=lambda ids: ids + 1000),
+        changed(ids=lambda ids: ids - 1),
+        changed(predictions=lambda predictions: predictions + 9),
+        changed(split=lambda split: split + 1),
+        changed(splits=lambda names: np.array([name.replace("farther", "farthest") for name in names])),
+        lambda path: path.unlink(),
+    ],
+)
+def test_scores_that_are_damaged_leave_their_pictures_out(write, checkpoints, damage):
+    good, bad = write("toy/good/seed0", method="Good"), write("toy/bad/seed0", method="Bad")
+    damage(bad / "scores.npz")
+    assert reported([good, bad], checkpoints) == ({"Good", "Bad"}, [])
+    page = (checkpoints / "report" / "report.html").read_text()
+    assert len(re.findall(r'class="apart">Missing: .*scores.npz', page)) == 1
+
+
+def test_a_figure_that_is_a_folder_is_missing(write, checkpoints):
+    (write("toy/a/seed0") / "figures" / "x.png").mkdir(parents=True)
+    assert main(["report"]) == 0
+    assert re.search(r"Missing: .*x\.png", (checkpoints / "report" / "report.html").read_text())
 
 
 def test_nothing_to_compare_is_an_error_in_words(write, checkpoints, capsys):
@@ -318,7 +441,7 @@ def test_a_page_without_images_says_why(write, checkpoints, tmp_path, missing):
     assert main(["report"]) == 0
     page = (checkpoints / "report" / "report.html").read_text()
     reason = "gone.npz" if missing == "images" else "no longer those that the run was tested on"
-    assert re.search(f'class="apart">No images: .*{reason}', page)
+    assert re.search(f'class="apart">Missing: .*{reason}', page)
     assert page.count('<svg class="roc"') == 3
 
 
@@ -355,7 +478,7 @@ def test_the_demo_ends_with_a_report(checkpoints, capsys):
     assert f"{checkpoints / 'report'}: report.md, report.tex, report.csv, report.html" in capsys.readouterr().out
     page = (checkpoints / "report" / "report.html").read_text()
     assert len(page.encode()) < 5e6
-    assert "No images: " not in page
+    assert "Missing: " not in page
     assert "Not in the tables" not in page
     with open(checkpoints / "report" / "report.csv", newline="") as file:
         rows = list(csv.DictReader(file))
