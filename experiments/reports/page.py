@@ -10,7 +10,7 @@ import yaml
 
 from callbacks.samples import Samples
 from callbacks.tables import percent
-from experiments.reports.charts import histogram, roc_chart
+from experiments.reports.charts import colour, histogram, roc_chart
 from experiments.reports.comparison import Comparison, Entry
 from experiments.reports.examples import Images, examples, threshold
 from experiments.reports.published import Beside
@@ -164,6 +164,7 @@ def _charts(comparison: Comparison, pictures: Sequence[Mapping[str, Any]]) -> li
             "set": ood_set,
             "group": group,
             "roc": roc_chart([p["scores"][ood_set] for p in drawn]),
+            "colours": [colour(i) for i in range(len(drawn))],
             "histograms": [(p["name"], p["score"], p["histograms"][ood_set]) for p in drawn],
         }
         for ood_set, group in comparison.sets.items()

@@ -75,6 +75,10 @@ def notes(comparison: Comparison) -> list[str]:
     said = [comparison.apart, f"{comparison.rule}."]
     if comparison.partial:
         said.append(f"{UNKNOWN} in place of a mean: the method was not tested on all sets of the group.")
+    if names := list(dict.fromkeys(entry.method for entry in comparison.entries if entry.untrained)):
+        said.append(
+            f"Nothing trained in {', '.join(names)}: the numbers are those of the network as it was, and not compared."
+        )
     if shared := comparison.from_shared_weights:
         said.append(f"The seeds of {', '.join(shared)} start from the same weights, so ± leaves out how these vary.")
     machines = {
