@@ -8,15 +8,18 @@ import subprocess
 
 import numpy as np
 import pytest
+import yaml
 from pytorch_lightning.utilities import rank_zero_only
 from report_toy import GROUPS, draw, edit, fingerprints, write_data, write_run
 
 from callbacks.metrics import PRESETS
 from callbacks.results import HEADLINE, summarize
+from datamodules.arrays import Arrays
 from experiments.__main__ import main
+from experiments.cli import EXPERIMENTS
 from experiments.reports.comparison import compare
 from experiments.reports.examples import examples
-from experiments.reports.published import PUBLISHED, beside
+from experiments.reports.published import PUBLISHED, beside, departures
 from experiments.reports.runs import find_runs
 from experiments.reports.sheets import notes, sheets
 from experiments.reports.story import glossary, question, winners
@@ -572,6 +575,26 @@ def test_images_are_those_at_the_boundary_and_the_surest_mistakes(write, checkpo
     assert {example.truth for example in shown["OOD images nearest to the boundary"]} <= set(GROUPS)
 
 
+def test_one_data_module_is_held_for_all_that_have_the_same_test_images(write, checkpoints, data, tmp_path):
+    from experiments.reports.examples import Images
+
+    write("toy/a/seed0")
+    gone = {"outliers": {"path": str(tmp_path / "gone.npz")}, "outlier_feed": "paired", "num_outliers": 3}
+    for name, options in {"b": {"batch_size": 9, "val_split": 0.1, "seed": 3} | gone, "c": {"split_seed": 1}}.items():
+        folder = write(f"toy/{name}/seed0", method=name)
+        configuration = json.loads((folder / "results.json").read_text())["configuration"]
+        configuration["data"]["init_args"] |= options
+        edit(folder, configuration=configuration)
+    runs, problems = read_runs(find_runs(checkpoints))
+    assert problems == {}
+    images = Images()
+    first, second, third = map(images.of, runs)
+    assert first is second
+    assert third is not first
+    assert [len(first.sets[name]) for name in ("id", *GROUPS)] == [60, 30, 25, 20]
+    assert [value for value in vars(images).values() if isinstance(value, Arrays)] == [third]
+
+
 @pytest.mark.parametrize("missing", ["images", "others"])
 def test_a_page_without_images_says_why(write, checkpoints, tmp_path, missing):
     folder = write("toy/a/seed0")
@@ -601,18 +624,65 @@ def test_published_numbers_stand_beside_the_runs_that_reproduce_them(write, chec
     ]
     assert lines[0].values["FPR95"][0] == "13.80 (0.28)"
     assert "the metrics as default, the source as unleashing_mask" in lines[0].differences
+    assert "data.class_path is datamodules.arrays.Arrays, not datamodules.public.CIFAR" in lines[0].differences
     assert main(["report"]) == 0
     assert "97.07 (0.01)" in capsys.readouterr().out
     for kind in ("html", "md"):
         assert "97.07 (0.01)" in (checkpoints / "report" / f"report.{kind}").read_text()
 
 
-def test_published_rows_are_fractions_of_experiments_that_exist():
-    from experiments.cli import EXPERIMENTS
+README_OF_THE_SOURCE = """
+Energy 92.07 0.22 92.72 0.39 42.69 1.31 94.01 0.08
+Energy+UM 93.73 0.36 94.27 0.60 33.29 1.70 92.80 0.47
+OE 97.07 0.01 97.31 0.05 13.80 0.28 92.59 0.32
+OE+UM 97.60 0.03 97.87 0.02 11.22 0.16 93.66 0.12
+"""  # AUROC, AUPR, FPR95, ID accuracy; mean, standard deviation
 
-    for row in PUBLISHED:
+
+def test_published_rows_are_those_of_the_source_for_experiments_that_exist():
+    rows = [line.split() for line in README_OF_THE_SOURCE.strip().splitlines()]
+    assert [row.name for row in PUBLISHED] == [name for name, *_ in rows]
+    for row, (_, *numbers) in zip(PUBLISHED, rows, strict=True):
         assert all((EXPERIMENTS / f"{name}.yaml").is_file() for name in row.experiments)
-        assert all(0 <= std < mean < 1 for mean, std in row.values.values())
+        assert list(row.values) == ["auroc", "aupr_in", "fpr95", "id_accuracy"]
+        percents = [f"{100 * number:.2f}" for pair in row.values.values() for number in pair]
+        assert percents == numbers
+
+
+@pytest.fixture
+def cifar10_oe():
+    """As a run of outlier exposure records its configuration; weights and seeds may be anyone's."""
+    stated = yaml.safe_load((EXPERIMENTS / "outlier_exposure" / "cifar10_oe.yaml").read_text())
+    stated["model"]["init_args"]["floor"] = 0.0
+    stated["model"]["init_args"]["optimizer"]["init_args"]["nesterov"] = False
+    stated["model"]["init_args"]["backbone"]["init_args"]["weights"] = "run:mine/seed3"
+    return stated
+
+
+def test_what_a_run_has_other_than_its_experiment_is_named(cifar10_oe):
+    assert departures(cifar10_oe, "outlier_exposure/cifar10_oe") == []
+    model, data = (cifar10_oe[part]["init_args"] for part in ("model", "data"))
+    model["backbone"]["class_path"] = "backbones.resnet.ResNet"
+    model["optimizer"]["init_args"]["lr"] = 0.5
+    data["num_outliers"], data["subset"] = 7, {"fraction": 0.5}
+    cifar10_oe["trainer"]["max_epochs"] = 2
+    assert departures(cifar10_oe, "outlier_exposure/cifar10_oe") == [
+        "model.backbone.class_path is backbones.resnet.ResNet, not backbones.densenet.DenseNet",
+        "model.optimizer.lr is 0.5, not 0.01",
+        "data.num_outliers is 7, not 50000",
+        "trainer.max_epochs is 2, not 10",
+        "data.subset is {'fraction': 0.5}",
+    ]
+
+
+@pytest.mark.parametrize(
+    "limits", [{"limit_train_batches": 3}, {"limit_test_batches": 0.5}, {"overfit_batches": 1}, {}]
+)
+def test_a_run_cut_short_stands_beside_nothing(write, checkpoints, cifar10_oe, limits):
+    folder = write("outlier_exposure/cifar10_oe/seed0", model=cifar10_oe["model"], truncated=not limits)
+    configuration = json.loads((folder / "results.json").read_text())["configuration"]
+    edit(folder, configuration=configuration | {"trainer": limits})
+    assert beside(gather(checkpoints)[0]) == []
 
 
 @pytest.mark.slow
