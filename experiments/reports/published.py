@@ -65,7 +65,7 @@ COMMON = (
     "nothing on held-out images and holds none out; ours holds out 2% of the training images. "
 )
 NO_SCORE = "The README does not say which score the row used; ours is the energy, which their configurations enable."
-LIMITS = ("limit_train_batches", "limit_test_batches")
+LIMITS = ("limit_train_batches", "limit_test_batches", "max_time")
 FREE = ("weights", "estimate", "floor")  # of which seed, or whose; rows with and without a floor are told apart
 UNSAID = ("known", "subset", "ood_subset", "num_outliers", "ood")  # data, where the YAML has all
 TITLES = {"auroc": "AUROC", "aupr_in": "AUPR-in", "fpr95": "FPR95", "id_accuracy": "ID accuracy"}
@@ -135,12 +135,13 @@ def _same(row: Published, entry: Entry) -> bool:
 
 def _limited(entry: Entry) -> bool:
     """Whether a run of an entry was cut short in training or testing, so that its numbers stand beside nothing."""
-    return any(
-        run.results["truncated"]
-        or any((run.results["configuration"].get("trainer") or {}).get(key) is not None for key in LIMITS)
-        or (run.results["configuration"].get("trainer") or {}).get("overfit_batches")
-        for run in entry.runs
-    )
+    for run in entry.runs:
+        trainer = run.results["configuration"].get("trainer") or {}
+        if run.results["truncated"] or any(trainer.get(key) is not None for key in LIMITS):
+            return True
+        if trainer.get("overfit_batches") or trainer.get("max_steps", -1) != -1:
+            return True
+    return False
 
 
 def departures(configuration: Mapping[str, Any], experiment: str) -> list[str]:

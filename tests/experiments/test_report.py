@@ -676,7 +676,7 @@ def test_what_a_run_has_other_than_its_experiment_is_named(cifar10_oe):
 
 
 @pytest.mark.parametrize(
-    "limits", [{"limit_train_batches": 3}, {"limit_test_batches": 0.5}, {"overfit_batches": 1}, {}]
+    "limits", [{"limit_train_batches": 3}, {"limit_test_batches": 0.5}, {"overfit_batches": 1}, {"max_steps": 5}, {}]
 )
 def test_a_run_cut_short_stands_beside_nothing(write, checkpoints, cifar10_oe, limits):
     folder = write("outlier_exposure/cifar10_oe/seed0", model=cifar10_oe["model"], truncated=not limits)
