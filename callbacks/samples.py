@@ -1,6 +1,5 @@
 """The per-image table behind every result: ``scores.npz``."""
 
-import zipfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -78,9 +77,26 @@ class Samples:
                 for kind in (SCORE, REPEATS)
             )
             splits = tuple(str(name) for name in columns.pop("splits"))
-            return cls(splits=splits, scores=scores, repeats=repeats, **columns)
-        except (zipfile.BadZipFile, EOFError, KeyError, TypeError, ValueError) as error:
+            samples = cls(splits=splits, scores=scores, repeats=repeats, **columns)
+            samples._check()
+        except Exception as error:  # of a damaged file, NumPy, zipfile, zlib and tokenize each raise their own
             raise ValueError(f"{path} is not a readable scores.npz: {error}") from error
+        return samples
+
+    def _check(self) -> None:
+        """Raise a ``ValueError`` where columns cannot be what an evaluation wrote."""
+        columns = {"split": self.split, "ids": self.ids, "labels": self.labels, "predictions": self.predictions}
+        for name, least in (("split", 0), ("ids", 0), ("labels", -1), ("predictions", -1)):
+            if not np.issubdtype(columns[name].dtype, np.integer) or columns[name].min(initial=0) < least:
+                raise ValueError(f"{name} must be integers of at least {least}")
+        if self.split.max(initial=0) >= len(self.splits):
+            raise ValueError(f"split counts further than the {len(self.splits)} names of splits")
+        for name, values in {**columns, **self.scores}.items():
+            if values.shape != self.split.shape or self.split.ndim != 1:
+                raise ValueError(f"{name} has the shape {values.shape}, split {self.split.shape}")
+        for name, values in self.scores.items():
+            if np.isnan(values).any():
+                raise ValueError(f"{name} holds what is no number")
 
     def _take(self, rows: NDArray[np.bool_]) -> "Samples":
         return replace(

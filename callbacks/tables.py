@@ -25,7 +25,8 @@ TRAINING = (
     "precision",
     "callbacks",
 )
-SEED = re.compile(r"(^|[/_])s(eed)?\d+(?=$|[@/.])")  # in what names a run or a file of weights
+SEED = re.compile(r"(^|/)seed\d+(?=$|[@/.])|_s(eed)?\d+(?=$|[@.])")
+SEEDED = ("run:", "openood/")  # what names one of several trainings; elsewhere _s12 may be a size
 
 
 def results_table(runs: Sequence[Mapping[str, Any]]) -> Table:
@@ -104,7 +105,8 @@ def _mean_and_std(name: str, values: Sequence[float]) -> dict[str, float]:
 def setting_of(run: Mapping[str, Any]) -> str:
     """Return what runs that differ in their seed alone have in common: experiment, model, data, training and scores.
 
-    The weights that a network starts from may be of a seed of their own, and where data lie is no setting.
+    Data are the images themselves too: those of training, and outliers. The run that a network starts from may be of a
+    seed of its own, and where data lie is no setting.
     """
     configuration = run["configuration"]
     trainer, evaluation = (configuration.get(part) or {} for part in ("trainer", "evaluation"))
@@ -114,7 +116,9 @@ def setting_of(run: Mapping[str, Any]) -> str:
         {key: trainer.get(key) for key in TRAINING},
         evaluation.get("scores"),
     ]
-    return json.dumps([run["experiment"], *map(_without_seed, parts)], sort_keys=True)
+    images = [(run["splits"].get("train") or {}).get("fingerprint"), (run["outliers"] or {}).get("fingerprint")]
+    checkpoint = (run.get("checkpoint") or "").partition(".")[0]
+    return json.dumps([run["experiment"], images, checkpoint, *map(_without_seed, parts)], sort_keys=True)
 
 
 def _without_seed(tree: Any) -> Any:
@@ -122,7 +126,7 @@ def _without_seed(tree: Any) -> Any:
         return {key: _without_seed(value) for key, value in tree.items() if key not in ("root", "num_workers")}
     if isinstance(tree, list):
         return [_without_seed(value) for value in tree]
-    return SEED.sub("", tree) if isinstance(tree, str) else tree
+    return SEED.sub("", tree) if isinstance(tree, str) and tree.startswith(SEEDED) else tree
 
 
 def print_results(runs: Sequence[Mapping[str, Any]]) -> None:

@@ -4,12 +4,15 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from pytorch_lightning.utilities import rank_zero_only
+
 from backbones.weights import CHECKPOINTS
 from experiments.reports.comparison import compare
 from experiments.reports.page import to_html
 from experiments.reports.published import beside
-from experiments.reports.runs import find_runs, read_runs
+from experiments.reports.runs import find_runs
 from experiments.reports.texts import print_console, to_csv, to_latex, to_markdown
+from experiments.reports.trial import read_runs
 
 
 def report(args: Sequence[str]) -> None:
@@ -23,11 +26,14 @@ def report(args: Sequence[str]) -> None:
     write_report(options.folders or [CHECKPOINTS], options.output)
 
 
+@rank_zero_only
 def write_report(folders: Sequence[Path], output: Path | None = None) -> None:
     """Compare the runs at or below some folders: write ``report.html``, ``.md``, ``.tex``, ``.csv``, print the table.
 
+    Of several processes the first does so.
+
     Raises:
-        ValueError: there is nothing to compare; it says why.
+        ValueError: there is nothing to compare; it says why. Or, once all is written, a folder that holds no run.
     """
     found = {folder: find_runs(folder) for folder in folders}
     runs, problems = read_runs(list(dict.fromkeys(path for paths in found.values() for path in paths)))
@@ -47,6 +53,10 @@ def write_report(folders: Sequence[Path], output: Path | None = None) -> None:
         "report.html": to_html(comparisons, published, problems),
     }
     for name, text in texts.items():
-        (output / name).write_text(text, encoding="utf-8")
+        unfinished = output / f"{name}.part"
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(output / name)
     print_console(comparisons, published, problems)
     print(f"{output}: {', '.join(texts)}")
+    if empty := [str(folder) for folder, paths in found.items() if not paths]:
+        raise ValueError(f"there is no run at or below {', '.join(empty)}; the report is about the others")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from pytorch_lightning.cli import LightningCLI
+from pytorch_lightning.utilities import rank_zero_only
 
 from callbacks.compatibility import Compatibility
 from callbacks.frozen_features import FrozenFeatures
@@ -38,7 +39,7 @@ def demo(args: Sequence[str]) -> None:
         fit_and_test(["--config", str(config), "--overwrite", "true", *args], show_results=False) for config in configs
     ]
     for folder in folders:
-        print(
+        rank_zero_only(print)(
             f"{folder}: results.json, results.csv, scores.npz, figures/, best.ckpt or last.ckpt, config.yaml, log.txt"
         )
     write_report(folders)

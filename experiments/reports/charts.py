@@ -15,7 +15,7 @@ POINTS = 120  # of a curve, at most
 def roc_chart(curves: Sequence[tuple[Scores, Scores]]) -> Markup:
     """Draw the share of ID accepted over the share of OOD accepted: a curve for each pair of ID and OOD scores.
 
-    Curve i has the class ``c<i>``; the page gives it a colour.
+    Curve i has the class ``c<i>`` and the ``colour`` of i.
     """
     lines = []
     for i, (known, unknown) in enumerate(curves):
@@ -23,7 +23,7 @@ def roc_chart(curves: Sequence[tuple[Scores, Scores]]) -> Markup:
         y, x = (np.append(0, np.cumsum(counts)) / counts.sum() for counts in ranking[1:])
         kept = _corners(x, y)
         points = " ".join(f"{40 + 200 * a:.1f},{210 - 200 * b:.1f}" for a, b in zip(x[kept], y[kept], strict=True))
-        lines.append(f'<polyline class="c{i}" points="{points}"/>')
+        lines.append(f'<polyline class="c{i}" points="{points}" style="--c: {colour(i)}"/>')
     ticks = "".join(
         f'<text x="{40 + 2 * share}" y="224" text-anchor="middle">{share}</text>'
         f'<text x="35" y="{214 - 2 * share}" text-anchor="end">{share}</text>'
@@ -35,6 +35,11 @@ def roc_chart(curves: Sequence[tuple[Scores, Scores]]) -> Markup:
         f'{"".join(lines)}{ticks}<text x="140" y="240" text-anchor="middle">OOD accepted, %</text>'
         '<text x="10" y="110" text-anchor="middle" transform="rotate(-90 10 110)">ID accepted, %</text></svg>'
     )
+
+
+def colour(i: int) -> str:
+    """Return the colour of curve i: hues a golden angle apart, so that neighbours differ however many there are."""
+    return f"hsl({(210 + 137.508 * i) % 360:.0f} 75% {(42, 30, 55)[i // 8 % 3]}%)"
 
 
 def histogram(known: Scores, unknown: Scores, tau: float, bins: int = 40) -> Markup:

@@ -1,5 +1,6 @@
 """Runs that may be compared become one table; what may not is a table of its own, with the reason in words."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,11 @@ class Entry:
     def label(self) -> str:
         """The method, marked where its training has seen outliers."""
         return self.method if self.outliers == "none" else f"{self.method} †"
+
+    @property
+    def untrained(self) -> bool:
+        """Whether its run trained nothing, and tested a network as it was: a diagnostic, not a contender."""
+        return self.cost.trained == 0
 
 
 @dataclass(frozen=True)
@@ -102,10 +108,14 @@ class Comparison:
         return any(mean_of(group) not in entry.numbers for entry in self.entries for group in self.groups)
 
     def marks(self, column: str, metric: str) -> list[str]:
-        """Mark, for each entry, the ``best`` number of a column, and as ``tied`` those whose interval meets its own."""
+        """Mark, for each entry, the ``best`` number of a column, and as ``tied`` those whose interval meets its own.
+
+        Those that trained nothing have no marks.
+        """
         sign = -1 if metric in LOWER_IS_BETTER else 1
         spans = [
-            _span(entry.numbers[column], metric, sign) if column in entry.numbers else None for entry in self.entries
+            _span(entry.numbers[column], metric, sign) if column in entry.numbers and not entry.untrained else None
+            for entry in self.entries
         ]
         best = max((span for span in spans if span is not None), key=lambda span: span[1], default=None)
         if best is None:
@@ -138,17 +148,14 @@ def compare(runs: Sequence[Run]) -> tuple[list[Comparison], dict[Path, str]]:
         first = first or members
         comparison, unfit = _tabulate(members, first)
         problems |= unfit
-        if comparison is not None:
-            comparisons.append(comparison)
-        elif first is members:
-            first = []
+        comparisons.append(comparison)
     return comparisons, problems
 
 
 def _repeats(run: Run, other: Run) -> bool:
     """Whether two runs are no two seeds of a setting."""
     here, there = run.results, other.results
-    same = any(here[key] == there[key] for key in ("seed", "weights_sha256"))
+    same = any(here.get(key) is not None and here[key] == there.get(key) for key in ("seed", "weights_sha256"))
     return same and setting_of(here) == setting_of(there) and _comparable(run, other)
 
 
@@ -170,7 +177,7 @@ def _images(run: Run) -> dict[str, tuple[Any, ...]]:
     }
 
 
-def _tabulate(members: Sequence[Run], first: Sequence[Run]) -> tuple[Comparison | None, dict[Path, str]]:
+def _tabulate(members: Sequence[Run], first: Sequence[Run]) -> tuple[Comparison, dict[Path, str]]:
     sets = {row["ood_set"]: row["group"] for run in members for row in run.results["rows"]}
     settings: dict[str, list[Run]] = {}
     for run in members:
@@ -178,19 +185,28 @@ def _tabulate(members: Sequence[Run], first: Sequence[Run]) -> tuple[Comparison 
     names = _names(list(settings.values()))
     entries: list[Entry] = []
     problems: dict[Path, str] = {}
-    for name, seeds in zip(names, settings.values(), strict=True):
-        try:
-            (joined,) = over_seeds([{**run.results, "means": _means(run)} for run in seeds])
-        except ValueError as error:
-            problems |= {run.folder: str(error) for run in seeds}
-            continue
+    for name, all_seeds in zip(names, settings.values(), strict=True):
+        seeds, odd = _alike(all_seeds)
+        problems |= {
+            run.folder: f"it has other scores or OOD sets than {seeds[0].folder}, of its setting" for run in odd
+        }
+        (joined,) = over_seeds([{**run.results, "means": _means(run)} for run in seeds])
         entries += [_entry(name, score, joined, seeds, sets) for score in _scores(joined)]
-    if not entries:
-        return None, problems
     counts = {row["ood_set"]: row["ood_count"] for run in members for row in run.results["rows"]}
     shown = ", ".join(f"{name} ({count:,} images)" for name, count in counts.items())
     rule = f"{describe(members[0].results)}; OOD sets: {shown}"
     return Comparison(rule, _apart(members, first), sets, tuple(entries)), problems
+
+
+def _alike(seeds: Sequence[Run]) -> tuple[list[Run], list[Run]]:
+    """Part the seeds of a setting: most of them, whose rows are about the same, and the others."""
+    kinds: dict[Any, list[Run]] = {}
+    for run in seeds:
+        about = [[row[key] for key in ("score", "ood_set", "group")] for row in run.results["rows"]]
+        over = [[row[key] for key in ("score", "group", "sets")] for row in run.results["means"]]
+        kinds.setdefault(json.dumps([about, over]), []).append(run)
+    most = max(kinds.values(), key=len)
+    return most, [run for run in seeds if run not in most]
 
 
 def _entry(method: str, score: str, joined: Mapping[str, Any], seeds: Sequence[Run], sets: Mapping[str, str]) -> Entry:

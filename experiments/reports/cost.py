@@ -41,7 +41,7 @@ def cost_of(runs: Sequence[Run], score: str) -> Cost:
 
 def _milliseconds(run: Run, score: str) -> float | None:
     """Add the time of the score to that of the network, in which a method computes its own scores."""
-    times = run.results.get("milliseconds", {})
+    times = run.results.get("milliseconds") or {}
     return times["network"] + times.get(score, 0.0) if "network" in times else None
 
 

@@ -38,22 +38,42 @@ class Example:
     score: float
 
 
+# What is neither here nor there for test images -> a value that loads least.
+IGNORED = {
+    "batch_size": 1,
+    "drop_last": False,
+    "eval_batch_size": None,
+    "num_workers": 0,
+    "seed": 0,
+    "val_split": 0.0,
+    "val_ood": None,
+    "augmentation": None,
+    "outlier_ratio": 1.0,
+    "balanced": None,
+    "fit_limit": None,
+}
+
+
 class Images:
-    """The test images behind runs; data that several runs share is loaded once."""
+    """The test images behind runs: one data module at a time, which may be large; runs that follow on share it."""
 
     def __init__(self) -> None:
-        self._loaded: dict[str, OODDataModule | str] = {}
+        self._key = ""
+        self._loaded: OODDataModule | str = ""
 
     def of(self, run: Run) -> OODDataModule:
         """Load the data of a run; ``ValueError`` or ``OSError`` where it is not there, or not what was tested on."""
         config = run.results["configuration"].get("data")
-        key = json.dumps(config, sort_keys=True)
-        if key not in self._loaded:
+        key = json.dumps(_identity(config), sort_keys=True)
+        if key != self._key:
+            self._key, self._loaded = key, ""  # frees the last one before the next is loaded
             try:
-                self._loaded[key] = _load(json.loads(key))  # a copy: the parser changes what it is given
-            except (ValueError, OSError, ImportError) as error:
-                self._loaded[key] = str(error)
-        data = self._loaded[key]
+                self._loaded = _load(
+                    json.loads(json.dumps(for_tests(config)))
+                )  # a copy: the parser changes what it is given
+            except Exception as error:  # a user's own data may fail in any way
+                self._loaded = str(error) or type(error).__name__
+        data = self._loaded
         if isinstance(data, str):
             raise ValueError(data)
         for name, split in run.results["splits"].items():
@@ -67,6 +87,32 @@ class Images:
             return self.of(run).classes
         except (ValueError, OSError):
             return []
+
+
+def for_tests(config: Any) -> Any:
+    """Return the configuration of a data module that serves the same test images, and else as little as it can.
+
+    >>> for_tests({"class_path": "A", "init_args": {"batch_size": 64, "num_outliers": 9, "outlier_feed": "mixed"}})
+    {'class_path': 'A', 'init_args': {'batch_size': 1, 'num_outliers': 0, 'outlier_feed': None}}
+    """
+    if not isinstance(config, dict) or not isinstance(config.get("init_args"), dict):
+        return config
+    options = config["init_args"]
+    options = options | {key: value for key, value in IGNORED.items() if key in options}
+    if "outlier_feed" in options:
+        options |= {"outlier_feed": None, "num_outliers": 0}
+    if (
+        "outliers" in options and "own" not in options
+    ):  # sets of one's own must be used, and without a feed none is read
+        options["outliers"] = None
+    return config | {"init_args": options}
+
+
+def _identity(config: Any) -> Any:
+    if not isinstance(config, dict) or not isinstance(config.get("init_args"), dict):
+        return config
+    ignored = (*IGNORED, "outlier_feed", "num_outliers", "outliers")
+    return config | {"init_args": {key: value for key, value in config["init_args"].items() if key not in ignored}}
 
 
 def _load(config: Any) -> OODDataModule:
@@ -85,7 +131,7 @@ def threshold(run: Run, samples: Samples, score: str) -> float:
 
     Where no such threshold was recorded, that of the ID test images.
     """
-    recorded = run.results.get("thresholds", {}).get(score)
+    recorded = (run.results.get("thresholds") or {}).get(score)
     return threshold_at_tpr(samples.of("id").scores[score]) if recorded is None else recorded
 
 

@@ -10,7 +10,7 @@ import yaml
 
 from callbacks.samples import Samples
 from callbacks.tables import percent
-from experiments.reports.charts import histogram, roc_chart
+from experiments.reports.charts import colour, histogram, roc_chart
 from experiments.reports.comparison import Comparison, Entry
 from experiments.reports.examples import Images, examples, threshold
 from experiments.reports.published import Beside
@@ -25,14 +25,17 @@ STANDARD = (
     "thresholds_",
 )  # figures of every run, which the page draws anew or leaves to the folder
 
+ENVIRONMENT = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True
+)
 
-def to_html(comparisons: Sequence[Comparison], beside: Sequence[Beside], problems: Mapping[Path, str]) -> str:
-    """Write the page."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    images = Images()
-    return environment.get_template("page.html").render(
+
+def to_html(
+    comparisons: Sequence[Comparison], beside: Sequence[Beside], problems: Mapping[Path, str], pictured: bool = True
+) -> str:
+    """Write the page; ``pictured``: with what comes from scores, images and figures."""
+    images = Images() if pictured else None
+    return ENVIRONMENT.get_template("page.html").render(
         style=(HERE / "page.css").read_text(encoding="utf-8"),
         script=(HERE / "page.js").read_text(encoding="utf-8"),
         readings=readings(comparisons),
@@ -44,10 +47,13 @@ def to_html(comparisons: Sequence[Comparison], beside: Sequence[Beside], problem
     )
 
 
-def _table(comparison: Comparison, images: Images) -> dict[str, Any]:
-    pictures = [_picture(name, entries, images) for name, entries in comparison.settings.items()]
+def _table(comparison: Comparison, images: Images | None) -> dict[str, Any]:
+    pictures, classes = [], []
+    if images is not None:
+        classes = images.classes(comparison.entries[0].runs[0])
+        pictures = [_picture(entries, comparison, images) for entries in comparison.settings.values()]
     return {
-        "question": question(comparison, images.classes(comparison.entries[0].runs[0])),
+        "question": question(comparison, classes),
         "columns": comparison.columns,
         "rows": _rows(comparison),
         "notes": notes(comparison),
@@ -99,57 +105,71 @@ def _cell(text: str, value: Any, mark: str = "") -> dict[str, Any]:
     return {"text": figure, "small": (sign + rest).strip(), "value": "" if value is None else value, "mark": mark}
 
 
-def _picture(name: str, entries: Sequence[Entry], images: Images) -> dict[str, Any]:
-    """Gather what is to be seen of a method: by its first seed, and of its scores the one of largest mean AUROC."""
+def _picture(entries: Sequence[Entry], comparison: Comparison, images: Images) -> dict[str, Any]:
+    """Gather what is to be seen of a method: by its first seed, and of its scores the one of largest mean AUROC.
+
+    What fails is ``missing``, with the reason.
+    """
     run = entries[0].runs[0]
     best = max(entries, key=lambda entry: entry.overall["auroc"])
+    missing: list[str] = []
     picture: dict[str, Any] = {
         "name": entries[0].label,
         "score": best.score,
         "of": len(entries),
         "run": run.results["name"],
+        "figures": figures(run.folder, missing),
+        "scores": {},
+        "histograms": {},
+        "missing": missing,
     }
-    picture["figures"] = figures(run.folder)
     try:
         samples = Samples.load(run.folder / "scores.npz")
         if best.score not in samples.scores:
             raise ValueError(f"scores.npz has no {best.score}")
-        picture["tau"] = threshold(run, samples, best.score)
-        picture["samples"] = samples
-        picture["examples"] = examples(samples, images.of(run), best.score, picture["tau"])
+        tau = threshold(run, samples, best.score)
+        for ood_set in (name for name in comparison.sets if name in samples.ood_sets):
+            known, unknown = (samples.of(name).scores[best.score] for name in ("id", ood_set))
+            roc_chart([(known, unknown)])
+            picture["histograms"][ood_set] = histogram(known, unknown, tau)
+            picture["scores"][ood_set] = known, unknown
+        picture["tau"] = tau
+        picture["examples"] = examples(samples, images.of(run), best.score, tau)
     except (ValueError, OSError) as error:
-        picture["missing"] = str(error)
+        missing.append(str(error))
+    except Exception as error:  # of damaged files, or of a user's own data: the report goes on without pictures
+        missing.append(f"scores.npz does not go with the run or its data: {type(error).__name__}: {error}")
     return picture
 
 
-def figures(folder: Path) -> dict[str, str]:
-    """Return the pictures that a method or the embedding left in a run folder: name -> address that holds it."""
-    return {
-        path.stem: f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
-        for path in sorted((folder / "figures").glob("*.png"))
-        if not path.stem.startswith(STANDARD)
-    }
+def figures(folder: Path, missing: list[str]) -> dict[str, str]:
+    """Return the pictures that a method or the embedding left in a run folder: name -> address that holds it.
+
+    Those that cannot be read join what is ``missing``.
+    """
+    found = {}
+    for path in sorted((folder / "figures").glob("*.png")):
+        if not path.stem.startswith(STANDARD):
+            try:
+                found[path.stem] = f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+            except OSError as error:
+                missing.append(str(error))
+    return found
 
 
 def _charts(comparison: Comparison, pictures: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Draw, for each OOD set, the ROC curves of all methods together, and a histogram of each."""
-    found = []
-    for ood_set, group in comparison.sets.items():
-        drawn = [p for p in pictures if "samples" in p and ood_set in p["samples"].ood_sets]
-        pairs = [(p["samples"].of("id").scores[p["score"]], p["samples"].of(ood_set).scores[p["score"]]) for p in drawn]
-        if pairs:
-            found.append(
-                {
-                    "set": ood_set,
-                    "group": group,
-                    "roc": roc_chart(pairs),
-                    "histograms": [
-                        (p["name"], p["score"], histogram(*pair, p["tau"]))
-                        for p, pair in zip(drawn, pairs, strict=True)
-                    ],
-                }
-            )
-    return found
+    """Show, for each OOD set, the ROC curves of all methods together, and a histogram of each."""
+    return [
+        {
+            "set": ood_set,
+            "group": group,
+            "roc": roc_chart([p["scores"][ood_set] for p in drawn]),
+            "colours": [colour(i) for i in range(len(drawn))],
+            "histograms": [(p["name"], p["score"], p["histograms"][ood_set]) for p in drawn],
+        }
+        for ood_set, group in comparison.sets.items()
+        if (drawn := [p for p in pictures if ood_set in p["scores"]])
+    ]
 
 
 def _run(run: Run) -> dict[str, Any]:
@@ -161,7 +181,7 @@ def _run(run: Run) -> dict[str, Any]:
         "trained": ", ".join(record.get("starts", [])) or "not by a run",
         "code": results.get("git_revision"),
         "computed by": f"{results.get('hardware')}, {results.get('processes')} process(es)",
-        "packages": ", ".join(f"{name} {version}" for name, version in results.get("packages", {}).items()),
+        "packages": ", ".join(f"{name} {version}" for name, version in (results.get("packages") or {}).items()),
         "SHA-256 of the evaluated weights": results.get("weights_sha256"),
     }
     for part, file in (record.get("weights") or results.get("weights") or {}).items():

@@ -4,7 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from callbacks.tables import percent
+import yaml
+
+from callbacks.tables import TRAINING, percent
+from experiments.cli import EXPERIMENTS
 from experiments.reports.comparison import Comparison, Entry
 
 
@@ -62,6 +65,9 @@ COMMON = (
     "nothing on held-out images and holds none out; ours holds out 2% of the training images. "
 )
 NO_SCORE = "The README does not say which score the row used; ours is the energy, which their configurations enable."
+LIMITS = ("limit_train_batches", "limit_test_batches", "max_time")
+FREE = ("weights", "estimate", "floor")  # of which seed, or whose; rows with and without a floor are told apart
+UNSAID = ("known", "subset", "ood_subset", "num_outliers", "ood")  # data, where the YAML has all
 TITLES = {"auroc": "AUROC", "aupr_in": "AUPR-in", "fpr95": "FPR95", "id_accuracy": "ID accuracy"}
 
 
@@ -123,7 +129,63 @@ def _same(row: Published, entry: Entry) -> bool:
     results = entry.runs[0].results
     model = (results["configuration"].get("model") or {}).get("init_args") or {}
     floor = bool(model.get("floor"))
-    return results["experiment"] in row.experiments and entry.score == row.score and floor == row.floor
+    fits = results["experiment"] in row.experiments and entry.score == row.score and floor == row.floor
+    return fits and not _limited(entry)
+
+
+def _limited(entry: Entry) -> bool:
+    """Whether a run of an entry was cut short in training or testing, so that its numbers stand beside nothing."""
+    for run in entry.runs:
+        trainer = run.results["configuration"].get("trainer") or {}
+        if run.results["truncated"] or any(trainer.get(key) is not None for key in LIMITS):
+            return True
+        if trainer.get("overfit_batches") or trainer.get("max_steps", -1) != -1:
+            return True
+    return False
+
+
+def departures(configuration: Mapping[str, Any], experiment: str) -> list[str]:
+    """List, in words, where a run left the YAML of its experiment: in the model, the data and the length of training.
+
+    What the YAML leaves to the defaults of a class is not looked at, but for the choices of ``UNSAID``.
+    """
+    stated = yaml.safe_load((EXPERIMENTS / f"{experiment}.yaml").read_text(encoding="utf-8"))
+    wanted = {**_leaves(stated["model"], "model"), **_leaves(stated["data"], "data")}
+    wanted |= _leaves({key: stated["trainer"][key] for key in TRAINING if key in stated["trainer"]}, "trainer")
+    wanted = {key: value for key, value in wanted.items() if key.rpartition(".")[2] not in FREE}
+    ours = {key: value for part in ("model", "data", "trainer") for key, value in _flat(configuration, part).items()}
+    options = (configuration.get("data") or {}).get("init_args") or {}
+    unsaid = [key for key in UNSAID if options.get(key) and key not in stated["data"]["init_args"]]
+    return [
+        *(
+            f"{key} is {ours.get(key)}, not {value}"
+            for key, value in wanted.items()
+            if not _agree(ours.get(key), value)
+        ),
+        *(f"data.{key} is {options[key]}" for key in unsaid),
+    ]
+
+
+def _flat(configuration: Mapping[str, Any], part: str) -> dict[str, Any]:
+    return _leaves(configuration.get(part) or {}, part)
+
+
+def _leaves(tree: Any, path: str) -> dict[str, Any]:
+    """Flatten a configuration: path -> value, where ``init_args`` go without saying."""
+    if not isinstance(tree, dict) or not tree:
+        return {path: tree}
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= _leaves(value, path if key == "init_args" else f"{path}.{key}")
+    return found
+
+
+def _agree(ours: Any, stated: Any) -> bool:
+    """Whether two values are the same, written as a text (1.0e-4) or as a number."""
+    try:
+        return float(ours) == float(stated)
+    except (TypeError, ValueError):
+        return bool(ours == stated)
 
 
 def _beside(row: Published, entry: Entry) -> Beside:
@@ -139,6 +201,6 @@ def _beside(row: Published, entry: Entry) -> Beside:
     )
     if results["metric_rules"]["preset"] != row.rules:
         said += f" Ours reads the metrics as {results['metric_rules']['preset']}, the source as {row.rules}."
-    if results["truncated"]:
-        said += " Ours did not test all images."
+    if changed := departures(results["configuration"], results["experiment"]):
+        said += f" Ours is not the experiment as it stands: {'; '.join(changed)}."
     return Beside(row.name, f"{results['experiment']}, {entry.score}", values, said, row.source)

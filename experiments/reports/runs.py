@@ -1,13 +1,12 @@
 """Run folders as a report takes them in; what cannot be read is told, not fatal."""
 
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from callbacks.results import HEADLINE, read_results
 from callbacks.run_record import read_run
-from callbacks.tables import describe, setting_of
 
 NO_RUNS = ("stages", "features", "fast_dev_run")  # folders below which other things lie
 
@@ -33,61 +32,48 @@ def find_runs(folder: Path) -> list[Path]:
     return sorted(path for path in found if not any(map(_no_run, path.relative_to(folder).parts)))
 
 
-def read_runs(folders: Sequence[Path]) -> tuple[list[Run], dict[Path, str]]:
-    """Read finished, evaluated runs; and say, for each other folder, why it is none."""
-    runs, problems = [], {}
-    for folder in folders:
-        try:
-            runs.append(read_one(folder))
-        except (ValueError, OSError) as error:
-            problems[folder] = str(error)
-    return runs, problems
-
-
 def read_one(folder: Path) -> Run:
-    """Read a run; ``ValueError`` or ``OSError`` where it is unfinished, not evaluated or damaged."""
+    """Read a run; ``ValueError`` or ``OSError`` where it is unfinished, not evaluated, or damaged."""
     record = read_run(folder)
     status = record.get("status", "finished")  # a network that was given is evaluated without a record of training
     if status != "finished":
         raise ValueError(f"{folder} is not finished, its status is {status}")
-    results = read_results(folder)
-    try:
-        _touch(results, record)
-    except (KeyError, TypeError, AttributeError) as error:
-        said = f"there is no {error}" if isinstance(error, KeyError) else error
-        raise ValueError(f"its results.json or run.json is damaged: {said}") from error
-    return Run(folder, results, record)
+    return Run(folder, read_results(folder), record)
 
 
-def _touch(results: dict[str, Any], record: dict[str, Any]) -> None:
-    """Read all that a report reads, so that what is missing is missed here."""
-    describe(results)
-    setting_of(results)
-    for key in (
-        "experiment",
-        "name",
-        "method",
-        "seed",
-        "id_accuracy",
-        "outliers",
-        "configuration",
-        "num_classes",
-        "weights_sha256",
-    ):
-        results[key]
-    for row in results["rows"]:
-        row["score"], row["group"], row["id_count"], row["ood_count"], results["splits"][row["ood_set"]]["fingerprint"]
-    for row in results["means"]:
-        row["score"], row["group"], row["sets"]
-    for row in [*results["rows"], *results["means"]]:
-        for metric in HEADLINE:
-            row[metric] + 0.0
-    if results["outliers"] is not None:
-        "{size}{source}{feed}".format_map(results["outliers"])
-    for file in {**record.get("weights", {}), **results.get("weights", {})}.values():
-        file.get("source")
-    for number in [record.get("seconds"), *results.get("milliseconds", {}).values()]:
-        (number or 0) + 0.0
+def check_numbers(run: Run) -> None:
+    """Raise a ``ValueError`` where there are no rows, or what should be a number is none, or not finite."""
+    if not run.results["rows"]:
+        raise ValueError("it has no rows")
+    for kind in ("rows", "means"):
+        for row in run.results[kind]:
+            _check(row, kind)
+    for file in (run.results, run.record):
+        _finite({key: value for key, value in file.items() if key != "configuration"}, "")
+
+
+def _check(row: dict[str, Any], kind: str) -> None:
+    if row["group"] not in ("near", "far"):
+        raise ValueError(f"{kind}: {row['group']!r} is neither near nor far")
+    for metric in HEADLINE:
+        ends = [f"{metric}_{end}" for end in ("low", "high") if f"{metric}_{end}" in row]
+        if len(ends) == 1:
+            raise ValueError(f"{kind}: there is {ends[0]}, but not the other bound")
+        for key in [metric, *ends, *[f"{metric}_std"] * (f"{metric}_std" in row)]:
+            if isinstance(row[key], bool) or not isinstance(row[key], int | float):
+                raise ValueError(f"{kind}: {key} is {row[key]!r}, no number")
+
+
+def _finite(tree: Any, path: str) -> None:
+    """Raise a ``ValueError`` where there is a NaN or an infinity, which we never write."""
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            _finite(value, f"{path}.{key}".lstrip("."))
+    elif isinstance(tree, list):
+        for value in tree:
+            _finite(value, path)
+    elif isinstance(tree, float) and not math.isfinite(tree):
+        raise ValueError(f"{path} is {tree}, no finite number")
 
 
 def _no_run(part: str) -> bool:

@@ -75,6 +75,10 @@ def notes(comparison: Comparison) -> list[str]:
     said = [comparison.apart, f"{comparison.rule}."]
     if comparison.partial:
         said.append(f"{UNKNOWN} in place of a mean: the method was not tested on all sets of the group.")
+    if names := list(dict.fromkeys(entry.method for entry in comparison.entries if entry.untrained)):
+        said.append(
+            f"Nothing trained in {', '.join(names)}: the numbers are those of the network as it was, and not compared."
+        )
     if shared := comparison.from_shared_weights:
         said.append(f"The seeds of {', '.join(shared)} start from the same weights, so ± leaves out how these vary.")
     machines = {
@@ -82,14 +86,14 @@ def notes(comparison: Comparison) -> list[str]:
     }
     said.append(
         "Seconds to fit are those of the run alone, without the training of weights that it starts from; milliseconds "
-        f"are those of network and score in a batch. Times were taken on: {', '.join(sorted(machines))}."
+        f"are those of network and score in a batch. Times were taken on: {', '.join(sorted(machines)) or 'unknown'}."
     )
     return [text for text in said if text]
 
 
 def hardware(*records: Mapping[str, Any]) -> list[str]:
     """Name what computed, as the records of a run say."""
-    return [record["hardware"] for record in records if "hardware" in record]
+    return [record["hardware"] for record in records if record.get("hardware")]
 
 
 def beside_sheet(beside: Sequence[Beside]) -> Sheet:

@@ -20,8 +20,12 @@ def question(comparison: Comparison, classes: Sequence[str]) -> str:
     name += f"-{version}" if version else ""
     count, learned = results["num_classes"], f"on images of {name}"
     if count:
-        learned = f"to tell {count} classes of {name} apart"
-        learned += f" ({', '.join(classes)})" if 0 < len(classes) <= 12 else ""
+        listed = f" ({', '.join(classes)})" if 0 < len(classes) <= 12 else ""
+        unlabelled = list(dict.fromkeys(entry.label for entry in comparison.entries if not entry.accuracy))
+        learned = f"on images of {count} classes of {name}{listed}"
+        if any(entry.accuracy for entry in comparison.entries):
+            learned = f"to tell {count} classes of {name} apart{listed}"
+            learned += f"; without telling them apart: {', '.join(unlabelled)}" if unlabelled else ""
     groups = {
         "near": "near ones, which resemble the training images",
         "far": "far ones, which do not",
@@ -77,7 +81,7 @@ def _documentation(path: str) -> str:
 
 
 def winners(comparison: Comparison) -> list[dict[str, Any]]:
-    """Say, for near and far, which entry has the best AUROC, and which others cannot be told from it."""
+    """Say, for near and far, which entry has the best AUROC, and how far that can be trusted."""
     found = []
     for group, members in comparison.groups.items():
         column = mean_of(group)
@@ -86,22 +90,47 @@ def winners(comparison: Comparison) -> list[dict[str, Any]]:
         if not best:
             continue
         numbers = best[0].numbers[column]
+        absent = dict.fromkeys(entry.label for entry in comparison.entries if column not in entry.numbers)
         found.append(
             {
                 "group": f"{group}: {'mean of ' if len(members) > 1 else ''}{', '.join(members)}",
                 "name": _call(best),
                 "auroc": percent(numbers, "auroc"),
                 "fpr95": percent(numbers, "fpr95"),
-                "tied": _call([entry for entry, mark in marked if mark == "tied"]),
-                "sure": "auroc_std" in numbers or "auroc_low" in numbers,
+                "verdict": _verdict(comparison, column, best, [entry for entry, mark in marked if mark == "tied"]),
                 "honest": _without_outliers(comparison, column) if best[0].outliers != "none" else "",
+                "absent": ", ".join(absent),
             }
         )
     return found
 
 
+def _verdict(comparison: Comparison, column: str, best: Sequence[Entry], tied: Sequence[Entry]) -> str:
+    """Say whether the best AUROC of a column is ahead of the others, as far as their intervals and FPR95 tell."""
+    rivals = [e for e in comparison.entries if column in e.numbers and not e.untrained]
+    if len({entry.method for entry in rivals}) == 1:
+        alone = "There is no other method to compare it with."
+        return alone if len(rivals) == 1 else f"{alone} It is the largest AUROC of its {len(rivals)} scores."
+    numbers = best[0].numbers[column]
+    if "auroc_std" not in numbers and "auroc_low" not in numbers:
+        return "It is the largest AUROC. No interval was recorded: it may be chance."
+    if len(best) > 1 or tied:
+        return f"A tie: {f'the intervals meet those of {_call(tied)}' if tied else 'the numbers are the same'}."
+    rates = comparison.marks(column, "fpr95")
+    first = [entry for entry, mark in zip(comparison.entries, rates, strict=True) if mark]
+    widths = [numbers[high] - numbers[low] for low, high in [("auroc_low", "auroc_high")] if low in numbers]
+    if max([2 * numbers.get("auroc_std", 0.0), *widths]) > 0 and first == list(best):
+        return "Ahead of all others by more than the intervals, in AUROC and in FPR95."
+    lower = "" if best[0] in first else f" The lowest FPR95 is that of {_call(first)}."
+    return f"It is the largest AUROC.{lower}"
+
+
 def _without_outliers(comparison: Comparison, column: str) -> str:
-    entries = [entry for entry in comparison.entries if entry.outliers == "none" and column in entry.numbers]
+    entries = [
+        entry
+        for entry in comparison.entries
+        if entry.outliers == "none" and column in entry.numbers and not entry.untrained
+    ]
     if not entries:
         return ""
     best = max(entries, key=lambda entry: entry.numbers[column]["auroc"])

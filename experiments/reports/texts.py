@@ -108,7 +108,7 @@ def _latex_sheet(sheet: Sheet, caption: str, label: str) -> str:
             lines.append("\\addlinespace")
         cells = []
         for cell in row:
-            value, interval = re.fullmatch(r"(.*?)( ?\[.*\])?", cell.text).groups()  # type: ignore[union-attr]
+            value, interval = re.fullmatch(r"(.*?)( ?\[.*\])?", cell.text, re.DOTALL).groups()  # type: ignore[union-attr]
             interval = f"\\,{{\\tiny {interval.strip()}}}" if interval else ""
             cells.append(marked[cell.mark].format(_latex(value)) + interval)
         lines.append(" & ".join([cells[0] if first else "", *cells[1:]]) + " \\\\")
@@ -143,7 +143,7 @@ LATEX |= {"≥": "$\\geq$", "–": "--", "<": "$<$", ">": "$>$", "|": "$|$"} | {
 
 
 def _latex(text: str) -> str:
-    return "".join(LATEX.get(sign, sign) for sign in text)
+    return "".join(LATEX.get(sign, sign) for sign in text.replace("\n", " "))
 
 
 def to_csv(comparisons: Sequence[Comparison]) -> str:

@@ -24,7 +24,7 @@ def run(
         "method": "Heatmap",
         "protocol": protocol,
         "splits": {"id": {"size": 10_000, "fingerprint": "8f4b12aa"}},
-        "configuration": {"model": {"lr": lr, "weights": name}, "data": {"root": name}},
+        "configuration": {"model": {"lr": lr, "weights": f"run:a/b/{name}"}, "data": {"root": name}},
         "known": None,
         "subset": {"fraction": 1.0, "num_labels": None},
         "ood_subset": dict(zip(ALL, rule, strict=True)),
@@ -164,6 +164,7 @@ def test_a_caption_names_what_id_data_were_left_out():
         ("trainer", {"callbacks": [{"class_path": "some.Callback"}]}),
         ("evaluation", {"scores": {"knn": {"k": 5}}}),
         ("model", {"lr": 0.1, "weights": "weights/another.pt"}),
+        ("model", {"lr": 0.1, "weights": "run:a/other/seed0"}),
     ],
 )
 def test_what_training_or_scores_differ_in_is_another_setting(part, value):
@@ -173,7 +174,7 @@ def test_what_training_or_scores_differ_in_is_another_setting(part, value):
 
 
 @pytest.mark.parametrize(
-    "pattern", ["run:a/b/seed{}", "run:a/b/seed{}@last", "openood/resnet18_s{}", "w/net_seed{}.pt"]
+    "pattern", ["run:a/b/seed{}", "run:a/b/seed{}@last", "run:a/b/mine_s{}", "openood/resnet18_s{}"]
 )
 def test_the_seed_of_the_weights_that_a_run_starts_from_makes_no_other_setting(pattern):
     runs = [run(f"seed{k}") for k in range(2)]
@@ -181,6 +182,34 @@ def test_the_seed_of_the_weights_that_a_run_starts_from_makes_no_other_setting(p
         member["configuration"]["model"]["weights"] = pattern.format(k)
         member["configuration"] |= {"trainer": {"devices": k + 1, "logger": [k]}, "evaluation": {"bootstrap": k}}
     assert len(over_seeds(runs)) == 1
+
+
+@pytest.mark.parametrize("pattern", ["poolformer_s{}", "timm/poolformer_s{}.sail_in1k", "run:a/s{}/seed0"])
+def test_a_size_in_a_name_is_no_seed(pattern):
+    runs = [run(f"seed{k}") for k in range(2)]
+    for member, size in zip(runs, (12, 36), strict=True):
+        member["configuration"]["model"] = {"name": pattern.format(size)}
+    assert len(over_seeds(runs)) == 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"splits": run()["splits"] | {"train": {"fingerprint": "1"}}},
+        {"outliers": {"source": "x", "size": 1, "feed": "paired", "fingerprint": "1", "duplicates": None}},
+        {"checkpoint": "best.ckpt"},
+    ],
+)
+def test_other_images_in_training_or_another_kind_of_checkpoint_are_another_setting(change):
+    outliers = {"source": "x", "size": 1, "feed": "paired", "fingerprint": "0", "duplicates": None}
+    plain = {
+        "splits": run()["splits"] | {"train": {"fingerprint": "0"}},
+        "outliers": outliers,
+        "checkpoint": "last.ckpt",
+    }
+    same, other = run("seed1") | plain, run("seed1") | plain | change
+    assert len(over_seeds([run() | plain, same])) == 1
+    assert len(over_seeds([run() | plain, other])) == 2
 
 
 def test_over_seeds_means_bounds_and_accuracy_are_averaged_too():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from callbacks.metrics import auroc, rank
-from experiments.reports.charts import POINTS, histogram, roc_chart
+from experiments.reports.charts import POINTS, colour, histogram, roc_chart
 
 
 def points(chart):
@@ -28,6 +28,13 @@ def test_a_curve_each():
     chart = roc_chart([(np.zeros(3), np.ones(2)), (np.ones(3), np.ones(2))])
     assert re.findall(r'polyline class="(c\d)"', chart) == ["c0", "c1"]
     assert points(chart)[1].tolist() == [0, 1, 1]
+
+
+def test_curves_have_colours_of_their_own():
+    colours = [colour(i) for i in range(30)]
+    assert len(set(colours)) == 30
+    chart = roc_chart([(np.zeros(3), np.ones(2))] * 30)
+    assert re.findall(r'style="--c: ([^"]*)"', chart) == colours
 
 
 @pytest.mark.parametrize(
