@@ -189,8 +189,10 @@ def _run(run: Run) -> dict[str, Any]:
     facts |= {
         f"images of {name}": f"{split['size']:,}, {split['fingerprint']}" for name, split in results["splits"].items()
     }
-    for name, count in ((results["outliers"] or {}).get("duplicates") or {}).items():
-        facts[f"outliers also in {name}"] = count
+    for key, words in (("duplicates", "outliers also in"), ("removed", "outliers left out, which are also in")):
+        for name, count in ((results["outliers"] or {}).get(key) or {}).items():
+            facts[f"{words} {name}"] = count
+    facts |= results.get("notes") or {}
     if results["id_accuracy"] is not None:
         facts["ID accuracy"] = f"{percent(results, 'id_accuracy')}%"
     return {
