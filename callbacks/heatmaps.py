@@ -11,12 +11,14 @@ from numpy.typing import NDArray
 from pytorch_lightning import Trainer
 from torch import Tensor
 
+from callbacks.nearest import nearest_of_class
 from datamodules.datamodule import OODDataModule
 from datamodules.images import to_float
 from lightning_modules.distributed import gather_rows
 from lightning_modules.evidence import Evidence
 from lightning_modules.ood_module import OODModule
 
+QUANTILE = 0.99  # of the OOD pixels that are shown, where the scale of colours ends
 INCH, LABELS = 0.9, 0.5  # side of a picture, and what labels at the left take beyond their margin
 Pictures = NDArray[np.floating]
 
@@ -29,7 +31,6 @@ class Heatmaps:
 
     Attributes:
         images: how many of each set, spread over it.
-        quantile: where the scale ends.
         signed: add the map with its signs, as a change of colour on the same scale; grey = none.
         reconstruction: add the image with the map added to it.
         paired: add the ID training image that is nearest to the image, in the features of the same predicted class, as
@@ -37,17 +38,13 @@ class Heatmaps:
     """
 
     images: int = 8
-    quantile: float = 0.99
     signed: bool = False
     reconstruction: bool = False
     paired: bool = False
 
     def __post_init__(self) -> None:
-        if self.images < 1 or not 0 < self.quantile <= 1:
-            raise ValueError(
-                "heatmaps: at least 1 of the images of each set, and a quantile above 0 and at most 1; these are "
-                f"{self.images} and {self.quantile}"
-            )
+        if self.images < 1:
+            raise ValueError(f"heatmaps: at least 1 of the images of each set must be shown, got {self.images}")
 
 
 class HeatmapSample:
@@ -96,7 +93,7 @@ class HeatmapSample:
     def figure(self, data: OODDataModule) -> Figure:
         """Draw all sets, one below the other."""
         columns: dict[str, dict[str, Pictures]] = {}
-        end = scale_end(self.maps, self.options.quantile)
+        end = scale_end(self.maps)
         for split, maps in self.maps.items():
             images = pictures(data, split, self.chosen[split][: len(maps)])
             rows = {"image": images, "heatmap": np.abs(maps).max(1)}
@@ -107,7 +104,7 @@ class HeatmapSample:
             if self.options.paired:
                 rows["paired"] = pictures(data, "fit", self.neighbours[split])
             columns[split] = rows
-        return heatmap_figure(columns, end, self.options.quantile)
+        return heatmap_figure(columns, end)
 
 
 def spread(size: int, count: int) -> Tensor:
@@ -120,7 +117,7 @@ def spread(size: int, count: int) -> Tensor:
     return torch.arange(count) * size // count
 
 
-def scale_end(maps: Mapping[str, Pictures], quantile: float) -> float:
+def scale_end(maps: Mapping[str, Pictures], quantile: float = QUANTILE) -> float:
     """Return where the colours of (n, C, H, W) maps of ``id`` and OOD sets end; 1 where all OOD maps are 0."""
     shown = [np.abs(values).max(1).ravel() for split, values in maps.items() if split != "id"]
     end = float(np.quantile(np.concatenate(shown), quantile)) if shown else 0.0
@@ -140,43 +137,31 @@ def channels_last(images: Pictures) -> Pictures:
 def neighbours(
     trainer: Trainer, module: OODModule, data: OODDataModule, features: Tensor, classes: Tensor
 ) -> tuple[Tensor, int]:
-    """Look through the ID training images for those that are nearest to some features, among those of their class.
+    """Look through the ID training images for those that outliers with some features would be paired with.
+
+    The features of all training images are in memory, on every process.
 
     Returns:
-        (n,) rows of ``fit``, where there is none of the class the nearest of all; and the number of images seen.
+        (n,) rows of ``fit``; and the number of images seen.
     """
-    points, labels = features.double().cpu(), classes.cpu()
-    least = torch.full((2, len(points)), torch.inf, dtype=torch.float64)  # of the class, and of all
-    rows = torch.zeros((2, len(points)), dtype=torch.int64)
-    seen = 0
+    seen = []
     for batch in data.fit_dataloader():
         images, _, ids = trainer.strategy.batch_to_device(batch)
         with torch.no_grad(), trainer.precision_plugin.forward_context():
             evidence = module(images)
-        others, predicted = evidence.features["penultimate"].double().cpu(), evidence.logits.argmax(1).cpu()
-        seen += len(ids)
-        if not len(ids):
-            continue
-        distances = torch.stack([(others - point).square().sum(1) for point in points])
-        of_class = distances.masked_fill(predicted != labels[:, None], torch.inf)
-        values, nearest = torch.stack([of_class, distances]).min(2)
-        nearer = values < least
-        rows, least = torch.where(nearer, ids.cpu()[nearest], rows), torch.where(nearer, values, least)
-    device = module.device
-    every, found = (gather_rows(part.T[None].to(device)).cpu() for part in (least, rows))  # (W, n, 2)
-    best = every.min(0)
-    chosen = found.gather(0, best.indices[None])[0]
-    total = int(gather_rows(torch.tensor([seen], device=device)).sum())
-    return torch.where(best.values[:, 0].isfinite(), chosen[:, 0], chosen[:, 1]), total
+        seen.append((ids, evidence.features["penultimate"], evidence.logits.argmax(1)))
+    ids, known, predicted = (gather_rows(torch.cat(column)) for column in zip(*seen, strict=True))
+    order = ids.argsort()
+    points, labels = (torch.cat(parts).cpu() for parts in ((known[order], features), (predicted[order], classes)))
+    return nearest_of_class(lambda rows: points[rows], labels, len(ids)), len(ids)
 
 
-def heatmap_figure(sets: Mapping[str, Mapping[str, Pictures]], end: float, quantile: float) -> Figure:
+def heatmap_figure(sets: Mapping[str, Mapping[str, Pictures]], end: float) -> Figure:
     """Draw images (n, H, W, C) and heatmaps (n, H, W) of each set, a row of pictures for each of its parts.
 
     Args:
         sets: name -> part -> pictures; the part ``heatmap`` is drawn in colours from 0 to ``end``.
         end: see above; the caption says it.
-        quantile: of the OOD maps, what ``end`` is.
     """
     rows = [(name, part, shown) for name, parts in sets.items() for part, shown in parts.items()]
     width = max(len(shown) for _, _, shown in rows)
@@ -197,5 +182,5 @@ def heatmap_figure(sets: Mapping[str, Mapping[str, Pictures]], end: float, quant
             panels[0].set_title("ID" if name == "id" else name, loc="left", fontsize=9, fontweight="bold")
         panels[0].text(-0.08, 0.5, part, transform=panels[0].transAxes, ha="right", va="center", fontsize=8)
     figure.colorbar(drawn, ax=grid, shrink=min(1.0, 4 / len(rows)), label="largest change of a channel", pad=0.02)
-    figure.suptitle(f"one scale for all: 0 to {end:.3g}, {quantile:.1%} of the OOD pixels shown lie below", fontsize=9)
+    figure.suptitle(f"one scale for all: 0 to {end:.3g}, {QUANTILE:.1%} of the OOD pixels shown lie below", fontsize=9)
     return figure

@@ -13,7 +13,7 @@ class Cost:
     """What was recorded; None = it was not.
 
     Attributes:
-        parameters: of all networks that a test runs.
+        parameters: of the networks of the method; those of scores that come with weights are not counted.
         trained: how many of them training changed.
         seconds: wall time of training, mean over the seeds.
         at_least: whether that lacks the time of starts that were killed.

@@ -19,12 +19,7 @@ from experiments.reports.sheets import LEGEND, costs, notes, number
 from experiments.reports.story import glossary, question, readings, winners
 
 HERE = Path(__file__).parent
-STANDARD = (
-    "roc",
-    "histogram_",
-    "thresholds_",
-)  # figures of every run, which the page draws anew or leaves to the folder
-
+STANDARD = ("roc", "histogram_", "thresholds_")  # figures of every run: the page has its own, or leaves them out
 ENVIRONMENT = jinja2.Environment(
     loader=jinja2.FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True
 )

@@ -153,7 +153,11 @@ def departures(configuration: Mapping[str, Any], experiment: str) -> list[str]:
     wanted = {**_leaves(stated["model"], "model"), **_leaves(stated["data"], "data")}
     wanted |= _leaves({key: stated["trainer"][key] for key in TRAINING if key in stated["trainer"]}, "trainer")
     wanted = {key: value for key, value in wanted.items() if key.rpartition(".")[2] not in FREE}
-    ours = {key: value for part in ("model", "data", "trainer") for key, value in _flat(configuration, part).items()}
+    ours = {
+        key: value
+        for part in ("model", "data", "trainer")
+        for key, value in _leaves(configuration.get(part) or {}, part).items()
+    }
     options = (configuration.get("data") or {}).get("init_args") or {}
     unsaid = [key for key in UNSAID if options.get(key) and key not in stated["data"]["init_args"]]
     return [
@@ -164,10 +168,6 @@ def departures(configuration: Mapping[str, Any], experiment: str) -> list[str]:
         ),
         *(f"data.{key} is {options[key]}" for key in unsaid),
     ]
-
-
-def _flat(configuration: Mapping[str, Any], part: str) -> dict[str, Any]:
-    return _leaves(configuration.get(part) or {}, part)
 
 
 def _leaves(tree: Any, path: str) -> dict[str, Any]:

@@ -70,8 +70,8 @@ def test_the_scale_goes_by_ood_maps_and_the_largest_channel():
 
 def test_maps_of_zero_are_drawn_in_the_lowest_colour():
     images, zeros = np.ones((2, 3, 3, 1)), np.zeros((2, 1, 3, 3))
-    end = scale_end({"id": zeros, "a": zeros}, 0.99)
-    figure = heatmap_figure({"id": {"image": images, "heatmap": zeros[:, 0]}}, end, 0.99)
+    end = scale_end({"id": zeros, "a": zeros})
+    figure = heatmap_figure({"id": {"image": images, "heatmap": zeros[:, 0]}}, end)
     for picture, *_ in panels(figure, "heatmap"):
         colours = picture.to_rgba(picture.get_array())
         assert (colours == colormaps["inferno"](0.0)).all()
@@ -81,7 +81,7 @@ def test_images_are_shown_as_they_are_above_their_maps():
     data = Pixels(mean=[0.1], std=[0.7])
     evaluation = drawn(images=3, signed=True, reconstruction=True, data=data)
     figure = figure_of(evaluation, data)
-    end = scale_end(evaluation.heatmap_sample.maps, 0.99)
+    end = scale_end(evaluation.heatmap_sample.maps)
     for index, name in enumerate(SETS):
         rows = spread(data.sizes[name], 3)
         pixels = data.sets[name].read(rows).numpy()[:, 0] / 255
@@ -101,7 +101,7 @@ def test_images_are_shown_as_they_are_above_their_maps():
 
 def test_colours_stay_colours():
     images = np.random.default_rng(0).random((2, 4, 4, 3))
-    figure = heatmap_figure({"id": {"image": images, "heatmap": images[..., 0]}}, 1.0, 0.99)
+    figure = heatmap_figure({"id": {"image": images, "heatmap": images[..., 0]}}, 1.0)
     for picture, image in zip(panels(figure, "image")[0], images, strict=True):
         np.testing.assert_array_equal(picture.get_array(), image)
 
@@ -168,9 +168,8 @@ def test_maps_that_cannot_be_drawn_are_refused():
         drawn(module(), images=2)
     with pytest.raises(ValueError, match="figures are false"):
         OODEvaluation({"msp": MSP()}, bootstrap=0, figures=False, heatmaps=Heatmaps())
-    for options in ({"images": 0}, {"quantile": 0.0}, {"quantile": 1.1}):
-        with pytest.raises(ValueError, match="at least 1 of the images of each set, and a quantile above 0"):
-            Heatmaps(**options)
+    with pytest.raises(ValueError, match="at least 1 of the images of each set must be shown, got 0"):
+        Heatmaps(images=0)
 
 
 def test_a_method_without_maps_has_no_such_picture(tmp_path):

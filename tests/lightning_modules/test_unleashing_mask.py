@@ -71,7 +71,7 @@ def test_without_a_floor_plain_training_goes_on(backbone):
 
 @pytest.mark.parametrize("keep", [None, 0.8])
 def test_the_cross_entropy_ends_around_the_floor(backbone, keep):
-    floor, epochs, losses = 0.15, 60, Losses()
+    floor, epochs, losses = 0.15, 120, Losses()
     module = make(backbone, lr=0.1, floor=floor, keep=keep, lr_scheduler=cosine(epochs))
     fit(module, epochs, callbacks=[losses])
     steps = len(mask_toy.batches())
@@ -81,8 +81,7 @@ def test_the_cross_entropy_ends_around_the_floor(backbone, keep):
     else:
         assert course[0] > floor  # down from a random mask
     last = course[-epochs // 10 :]
-    assert 0.8 * floor < last.mean() < 1.2 * floor  # an epoch of so few images goes up and down
-    assert ((last > 0.6 * floor) & (last < 1.4 * floor)).all(), last
+    assert ((last > 0.8 * floor) & (last < 1.2 * floor)).all(), last
     assert min(step["loss"] for step in losses.steps) >= floor
 
 
