@@ -140,9 +140,8 @@ def print_results(runs: Sequence[Mapping[str, Any]]) -> None:
     for description in dict.fromkeys(map(describe, runs)):
         console.print(results_table(over_seeds([run for run in runs if describe(run) == description])))
     for run in runs:
-        outliers = "none"
+        outliers = describe_outliers(run)
         if run["outliers"] is not None:
-            outliers = "{size} images of {source}, {feed}".format_map(run["outliers"])
             for name, count in (run["outliers"]["duplicates"] or {}).items():
                 outliers += f" ({count} of them also in {name})"
             for name, count in run["outliers"].get("removed", {}).items():
@@ -154,6 +153,11 @@ def print_results(runs: Sequence[Mapping[str, Any]]) -> None:
         line += "".join(f", {name} {value}" for name, value in run.get("notes", {}).items())
         line += ", TRUNCATED evaluation" if run["truncated"] else ""
         console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def describe_outliers(run: Mapping[str, Any]) -> str:
+    """Say in words which auxiliary outliers training used, or ``none``."""
+    return "none" if run["outliers"] is None else "{size:,} images of {source}, {feed}".format_map(run["outliers"])
 
 
 def describe(run: Mapping[str, Any]) -> str:

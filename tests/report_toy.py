@@ -8,6 +8,9 @@ from callbacks.metrics import PRESETS
 from callbacks.results import summarize, write_json, write_results
 from callbacks.samples import Samples
 from datamodules.arrays import Arrays, ArraySet
+from experiments.reports.comparison import compare
+from experiments.reports.runs import find_runs
+from experiments.reports.trial import read_runs
 
 SIZES = {"calibration": 40, "id": 60, "near": 30, "far": 25, "farther": 20}
 GROUPS = {"near": "near", "far": "far", "farther": "far"}
@@ -89,3 +92,9 @@ def edit(folder, **changes):
     results = json.loads(path.read_text()) | changes
     gone = [key for key, value in changes.items() if value is None]
     path.write_text(json.dumps({key: value for key, value in results.items() if key not in gone}))
+
+
+def gather(folder):
+    runs, problems = read_runs(find_runs(folder))
+    comparisons, unfit = compare(runs)
+    return comparisons, problems | unfit

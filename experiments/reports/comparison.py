@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from callbacks.results import HEADLINE
-from callbacks.tables import aspects, describe, over_seeds, setting_of
+from callbacks.tables import aspects, describe, describe_outliers, over_seeds, setting_of
 from experiments.reports.cost import Cost, cost_of
 from experiments.reports.runs import Run
 
@@ -219,7 +219,7 @@ def _entry(method: str, score: str, joined: Mapping[str, Any], seeds: Sequence[R
             numbers[mean_of(group)] = mean if len(members) > 1 else numbers[members[0]]
     accuracy = {key: value for key in ("id_accuracy", "id_accuracy_std") if (value := joined.get(key)) is not None}
     cost = cost_of(seeds, score)
-    return Entry(method, score, _outliers(joined), numbers, overall, accuracy, cost, tuple(seeds))
+    return Entry(method, score, describe_outliers(joined), numbers, overall, accuracy, cost, tuple(seeds))
 
 
 def _means(run: Run) -> list[Numbers]:
@@ -261,12 +261,6 @@ def _apart(members: Sequence[Run], first: Sequence[Run]) -> str:
 
 def _scores(results: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(row["score"] for row in results["rows"]))
-
-
-def _outliers(results: Mapping[str, Any]) -> str:
-    return (
-        "none" if results["outliers"] is None else "{size:,} images of {source}, {feed}".format_map(results["outliers"])
-    )
 
 
 def _span(numbers: Numbers, metric: str, sign: int) -> tuple[float, float, float]:

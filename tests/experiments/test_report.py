@@ -1,4 +1,4 @@
-"""Reports of run folders: what may be compared, what may not, what is damaged; and every form they take."""
+"""Reports of run folders: what may be compared, what may not, and every form they take."""
 
 import csv
 import json
@@ -8,40 +8,18 @@ import subprocess
 
 import numpy as np
 import pytest
-import yaml
 from pytorch_lightning.utilities import rank_zero_only
-from report_toy import GROUPS, draw, edit, fingerprints, write_data, write_run
+from report_toy import GROUPS, draw, edit, gather
 
 from callbacks.metrics import PRESETS
 from callbacks.results import HEADLINE, summarize
 from datamodules.arrays import Arrays
 from experiments.__main__ import main
-from experiments.cli import EXPERIMENTS
-from experiments.reports.comparison import compare
 from experiments.reports.examples import examples
-from experiments.reports.published import PUBLISHED, beside, departures
 from experiments.reports.runs import find_runs
 from experiments.reports.sheets import notes, sheets
-from experiments.reports.story import glossary, question, winners
+from experiments.reports.story import winners
 from experiments.reports.trial import read_runs
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("images"))
-
-
-@pytest.fixture
-def write(data, checkpoints):
-    """Write a run below the root of all runs: ``write("method/setting/name", ...)``."""
-    splits = fingerprints(data)
-    return lambda path, **kwargs: write_run(checkpoints / path, data, splits, **kwargs)
-
-
-def gather(folder):
-    runs, problems = read_runs(find_runs(folder))
-    comparisons, unfit = compare(runs)
-    return comparisons, problems | unfit
 
 
 def rows_of(seed, shift):
@@ -126,102 +104,6 @@ def test_a_run_that_trained_nothing_is_told_and_wins_nothing(write, checkpoints)
         assert "best" in comparison.marks("near (mean)", metric)
     assert [winner["name"] for winner in winners(comparison)] == ["Toy (energy)"] * 2
     assert any(note.startswith("Nothing trained in Diagnosis: ") for note in notes(comparison))
-
-
-def given(folder, **numbers):
-    """Set metrics of the first score of a run, on all sets and means; the second score is far behind."""
-    results = json.loads((folder / "results.json").read_text())
-    for row in [*results["rows"], *results["means"]]:
-        worse = {
-            "auroc": 0.5,
-            "auroc_low": 0.49,
-            "auroc_high": 0.51,
-            "fpr95": 0.95,
-            "fpr95_low": 0.9,
-            "fpr95_high": 1.0,
-        }
-        row |= numbers if row["score"] == "energy" else worse
-        for key in [key for key, value in numbers.items() if value is None]:
-            row.pop(key, None)
-    (folder / "results.json").write_text(json.dumps(results))
-    return folder
-
-
-def interval(metric, low, value, high):
-    return {f"{metric}_low": low, metric: value, f"{metric}_high": high}
-
-
-AHEAD = interval("auroc", 0.9, 0.92, 0.94) | interval("fpr95", 0.1, 0.2, 0.3)
-BEHIND = interval("auroc", 0.7, 0.72, 0.74) | interval("fpr95", 0.5, 0.6, 0.7)
-NO_INTERVAL = {"auroc_low": None, "auroc_high": None}
-
-
-@pytest.mark.parametrize(
-    ("first", "second", "verdict"),
-    [
-        (AHEAD, BEHIND, "Ahead of all others by more than the intervals, in AUROC and in FPR95."),
-        (AHEAD, BEHIND | interval("auroc", 0.88, 0.89, 0.91), "A tie: the intervals meet those of Other (energy)."),
-        (AHEAD, AHEAD, "A tie: the numbers are the same."),
-        (AHEAD | interval("auroc", 1, 1, 1), BEHIND, "It is the largest AUROC."),
-        (AHEAD, BEHIND | interval("fpr95", 0.25, 0.27, 0.3), "It is the largest AUROC."),
-        (
-            AHEAD,
-            BEHIND | interval("fpr95", 0.0, 0.01, 0.02),
-            "It is the largest AUROC. The lowest FPR95 is that of Other (energy).",
-        ),
-        (AHEAD | NO_INTERVAL, BEHIND, "It is the largest AUROC. No interval was recorded: it may be chance."),
-    ],
-)
-def test_the_first_screen_claims_no_more_than_the_numbers(write, checkpoints, first, second, verdict):
-    given(write("toy/a/seed0"), **first)
-    given(write("toy/b/seed0", method="Other"), **second)
-    (comparison,), _ = gather(checkpoints)
-    for winner in winners(comparison):
-        assert winner["verdict"] == verdict
-        assert winner["name"] == ("Toy (energy), Other (energy)" if first == second else "Toy (energy)")
-        assert winner["auroc"].startswith(f"{100 * first['auroc']:.1f}")
-        assert winner["fpr95"].startswith(f"{100 * first['fpr95']:.1f}")
-    assert main(["report"]) == 0
-    page = (checkpoints / "report" / "report.html").read_text()
-    assert page.count(f"<p>Best AUROC <b>{winner['auroc']}</b> · its FPR95 <b>{winner['fpr95']}</b></p>") == 2
-    assert page.count(verdict) == 2
-
-
-def test_the_first_screen_names_who_is_alone_absent_or_has_seen_outliers(write, checkpoints):
-    given(write("toy/a/seed0", sets=("near", "far")), **BEHIND)
-    (comparison,), _ = gather(checkpoints)
-    alone = "There is no other method to compare it with. It is the largest AUROC of its 2 scores."
-    assert [winner["verdict"] for winner in winners(comparison)] == [alone] * 2
-    outliers = {"source": "x", "size": 7, "feed": "paired", "duplicates": None}
-    given(write("toy/b/seed0", method="Exposed", outliers=outliers), **AHEAD)
-    (comparison,), _ = gather(checkpoints)
-    near, far = winners(comparison)
-    assert (near["group"], far["group"]) == ("near: near", "far: mean of far, farther")
-    assert (near["name"], far["name"]) == ("Exposed † (energy)", "Exposed † (energy)")
-    assert (near["absent"], far["absent"]) == ("", "Toy")
-    assert (near["honest"], far["honest"]) == ("Toy (energy), 72.0 [70.0, 74.0]", "")
-
-
-def test_what_was_learned_is_told_of_methods_with_and_without_classes(write, checkpoints):
-    write("toy/a/seed0", id_accuracy=None)
-    (comparison,), _ = gather(checkpoints)
-    assert question(comparison, []).startswith("Networks were trained on images of 3 classes of Arrays. ")
-    write("toy/b/seed0", method="Classifier")
-    (comparison,), _ = gather(checkpoints)
-    told = "Networks were trained to tell 3 classes of Arrays apart (a, b, c); without telling them apart: Toy. "
-    assert question(comparison, ["a", "b", "c"]).startswith(told)
-
-
-def test_methods_and_scores_are_explained(write, checkpoints):
-    write("toy/a/seed0", model={"class_path": "lightning_modules.loss_estimate.LossEstimate"})
-    folder = write("toy/b/seed0", method="Other")
-    configuration = json.loads((folder / "results.json").read_text())["configuration"]
-    scores = {"energy": "lightning_modules.scores.logits.Energy", "msp": {"class_path": "mine.Score"}}
-    edit(folder, configuration=configuration | {"evaluation": {"scores": scores}})
-    comparisons, _ = gather(checkpoints)
-    words = dict(glossary(comparisons))
-    assert words.keys() == {"Toy", "energy"}
-    assert all(len(text) > 20 for text in words.values())
 
 
 def test_the_csv_names_the_group_of_each_line(write, checkpoints):
@@ -323,168 +205,6 @@ def test_a_difference_that_other_test_images_could_make_is_a_tie_whatever_the_se
     (comparison,), _ = gather(checkpoints)
     marks = comparison.marks("far (mean)", "auroc")
     assert (marks[0], marks[2]) == ("tied", "best")
-
-
-def test_what_is_damaged_is_reported_and_not_fatal(write, checkpoints, capsys):
-    good = write("toy/a/seed0")
-    broken = write("toy/b/seed0", method="B")
-    (broken / "results.json").write_text('{"schema')
-    lacking = write("toy/c/seed0", method="C")
-    edit(lacking, rows=None)
-    spoiled = write("toy/j/seed0", method="J", record={"weights": {"backbone": "nothing"}})
-    unfinished = write("toy/d/seed0", method="D", record={"status": "interrupted"})
-    unseen = write("toy/e/seed0", method="E")
-    (unseen / "results.json").unlink()
-    old = write("toy/f/seed0", method="F")
-    edit(old, schema_version=0)
-    odd = write("toy/g/seed0", method="G")
-    edit(odd, rows=[1, 2])
-    write("toy/h/seed0", method="H").joinpath("scores.npz").write_bytes(b"no zip")
-    assert main(["report", str(checkpoints / "toy"), str(checkpoints / "nowhere")]) == 2
-    printed, error = capsys.readouterr()
-    assert f"there is no run at or below {checkpoints / 'nowhere'}" in error
-    page = (checkpoints / "report" / "report.html").read_text()
-    reasons = {
-        broken: "is damaged, no JSON of ours",
-        lacking: "is damaged: there is no 'rows'",
-        spoiled: "is damaged: ",
-        unfinished: "its status is interrupted",
-        unseen: "holds no results.json",
-        old: "has schema 0",
-        odd: "is damaged: ",
-        checkpoints / "nowhere": "there is no run here",
-    }
-    _, problems = gather(checkpoints)
-    assert problems.keys() == reasons.keys() - {checkpoints / "nowhere"}
-    for folder, reason in reasons.items():
-        (line,) = [line for line in printed.splitlines() if line.startswith(f"not in the tables: {folder}: ")]
-        assert reason in line
-        assert f"<b>{folder}</b>: " in page
-    assert "Missing: " in page
-    assert "is not a readable scores.npz" in page
-    assert str(good) not in "".join(map(str, problems))
-
-
-FULL = {"packages": {"python": "3"}, "weights": {}, "record": {"weights": {}, "starts": ["today"]}}
-
-
-def reported(folders, checkpoints):
-    """Write the report and return the methods in its tables, and the folders that are told to be in none."""
-    assert main(["report", *map(str, folders)]) == 0
-    with open(checkpoints / "report" / "report.csv", newline="") as file:
-        methods = {row["method"] for row in csv.DictReader(file)}
-    markdown = (checkpoints / "report" / "report.md").read_text().replace("\\", "")
-    return methods, [folder for folder in folders if f"- {folder}: " in markdown.partition("## Not in")[2]]
-
-
-def test_a_key_that_is_gone_or_another_thing_spoils_no_report(write, checkpoints):
-    """All ways to damage a file at once, each in a folder of its own: each is in a table, or among the problems."""
-    good, whole = write("toy/good/seed0", method="Good"), write("toy/whole/seed0", method="Whole", **FULL)
-    damaged = {}
-    for file in ("results.json", "run.json"):
-        for key in json.loads((whole / file).read_text()):
-            for i, value in enumerate([..., None, "text", []]):
-                folder = checkpoints / "bad" / f"{file}-{key}-{i}".replace(".", "-")
-                shutil.copytree(whole, folder)
-                results = json.loads((folder / "results.json").read_text())
-                name, sha = f"bad{len(damaged)}", f"sha{len(damaged)}"
-                results |= {"method": name, "experiment": name, "weights_sha256": sha}
-                (folder / "results.json").write_text(json.dumps(results))
-                spoiled = json.loads((folder / file).read_text()) | {key: value}
-                (folder / file).write_text(json.dumps({k: v for k, v in spoiled.items() if v is not ...}))
-                damaged[folder] = name
-    methods, told = reported([good, *damaged], checkpoints)
-    assert "Good" in methods
-    assert good not in told
-    silent = [
-        folder.name
-        for folder, name in damaged.items()
-        if folder not in told and not any(name in method for method in methods)
-        if "json-method-" not in folder.name  # which then has another name
-    ]
-    assert silent == []
-    assert {folder.name for folder in told} >= {
-        f"results-json-{key}-{i}" for key in ("rows", "splits", "configuration", "metric_rules") for i in range(3)
-    }
-
-
-DAMAGES = {
-    "there is a NaN": lambda results: results["rows"][0].update(auroc=float("nan")),
-    "a bound is null": lambda results: results["rows"][0].update(auroc_low=None),
-    "a bound lacks the other": lambda results: results["rows"][0].pop("aupr_in_high"),
-    "there are no rows": lambda results: results["rows"].clear(),
-    "a split lacks its size": lambda results: results["splits"]["far"].pop("size"),
-    "outliers lack their size": lambda results: results.update(outliers={"source": "x", "size": None, "feed": "y"}),
-    "duplicates are a list": lambda results: results.update(
-        outliers={"source": "x", "size": 1, "feed": "y", "duplicates": [1]}
-    ),
-    "the model is a text": lambda results: results["configuration"].update(model="Toy"),
-    "a group is unknown": lambda results: results["rows"][0].update(group="middle"),
-    "a number is a text": lambda results: results["means"][0].update(fpr95="0.5"),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_what_is_damaged_within_is_told(write, checkpoints, damage):
-    good, bad = write("toy/good/seed0", method="Good"), write("toy/bad/seed0", method="Bad")
-    results = json.loads((bad / "results.json").read_text())
-    DAMAGES[damage](results)
-    (bad / "results.json").write_text(json.dumps(results))
-    assert reported([good, bad], checkpoints) == ({"Good"}, [bad])
-
-
-@pytest.mark.parametrize("record", [{"starts": [1]}, {"trained_parameters": "many"}, {"seconds": "long"}])
-def test_a_damaged_record_of_training_is_told(write, checkpoints, record):
-    good, bad = write("toy/good/seed0", method="Good"), write("toy/bad/seed0", method="Bad", record=record)
-    assert reported([good, bad], checkpoints) == ({"Good"}, [bad])
-
-
-def changed(**columns):
-    """Return what changes columns of ``scores.npz``: each from its own values."""
-
-    def change(path):
-        with np.load(path) as stored:
-            arrays = dict(stored)
-        for name, to in columns.items():
-            arrays[name.replace("__", "/")] = to(arrays[name.replace("__", "/")])
-        np.savez(path, **arrays)
-
-    return change
-
-
-def flip(path):
-    """Flip a bit in the middle of the first compressed column."""
-    content = bytearray(path.read_bytes())
-    content[60] ^= 16
-    path.write_bytes(bytes(content))
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        flip,
-        changed(score__energy=lambda scores: np.where(scores > 1, np.nan, scores)),
-        changed(score__energy=lambda scores: scores[:-1]),
-        changed(ids=lambda ids: ids + 1000),
-        changed(ids=lambda ids: ids - 1),
-        changed(predictions=lambda predictions: predictions + 9),
-        changed(split=lambda split: split + 1),
-        changed(splits=lambda names: np.array([name.replace("farther", "farthest") for name in names])),
-        lambda path: path.unlink(),
-    ],
-)
-def test_scores_that_are_damaged_leave_their_pictures_out(write, checkpoints, damage):
-    good, bad = write("toy/good/seed0", method="Good"), write("toy/bad/seed0", method="Bad")
-    damage(bad / "scores.npz")
-    assert reported([good, bad], checkpoints) == ({"Good", "Bad"}, [])
-    page = (checkpoints / "report" / "report.html").read_text()
-    assert len(re.findall(r'class="apart">Missing: .*scores.npz', page)) == 1
-
-
-def test_a_figure_that_is_a_folder_is_missing(write, checkpoints):
-    (write("toy/a/seed0") / "figures" / "x.png").mkdir(parents=True)
-    assert main(["report"]) == 0
-    assert re.search(r"Missing: .*x\.png", (checkpoints / "report" / "report.html").read_text())
 
 
 def test_nothing_to_compare_is_an_error_in_words(write, checkpoints, capsys):
@@ -610,79 +330,6 @@ def test_a_page_without_images_says_why(write, checkpoints, tmp_path, missing):
     reason = "gone.npz" if missing == "images" else "no longer those that the run was tested on"
     assert re.search(f'class="apart">Missing: .*{reason}', page)
     assert page.count('<svg class="roc"') == 3
-
-
-def test_published_numbers_stand_beside_the_runs_that_reproduce_them(write, checkpoints, capsys):
-    write("outlier_exposure/cifar10_oe/seed0", model={"init_args": {"floor": 0}})
-    write("outlier_exposure/cifar10_oe/floor", method="Floor", model={"init_args": {"floor": "auto"}})
-    write("toy/a/seed0", method="Toy2")
-    comparisons, _ = gather(checkpoints)
-    lines = beside(comparisons)
-    assert [(line.name, line.ours) for line in lines] == [
-        ("OE", "outlier_exposure/cifar10_oe, energy"),
-        ("OE+UM", "outlier_exposure/cifar10_oe, energy"),
-    ]
-    assert lines[0].values["FPR95"][0] == "13.80 (0.28)"
-    assert "the metrics as default, the source as unleashing_mask" in lines[0].differences
-    assert "data.class_path is datamodules.arrays.Arrays, not datamodules.public.CIFAR" in lines[0].differences
-    assert main(["report"]) == 0
-    assert "97.07 (0.01)" in capsys.readouterr().out
-    for kind in ("html", "md"):
-        assert "97.07 (0.01)" in (checkpoints / "report" / f"report.{kind}").read_text()
-
-
-README_OF_THE_SOURCE = """
-Energy 92.07 0.22 92.72 0.39 42.69 1.31 94.01 0.08
-Energy+UM 93.73 0.36 94.27 0.60 33.29 1.70 92.80 0.47
-OE 97.07 0.01 97.31 0.05 13.80 0.28 92.59 0.32
-OE+UM 97.60 0.03 97.87 0.02 11.22 0.16 93.66 0.12
-"""  # AUROC, AUPR, FPR95, ID accuracy; mean, standard deviation
-
-
-def test_published_rows_are_those_of_the_source_for_experiments_that_exist():
-    rows = [line.split() for line in README_OF_THE_SOURCE.strip().splitlines()]
-    assert [row.name for row in PUBLISHED] == [name for name, *_ in rows]
-    for row, (_, *numbers) in zip(PUBLISHED, rows, strict=True):
-        assert all((EXPERIMENTS / f"{name}.yaml").is_file() for name in row.experiments)
-        assert list(row.values) == ["auroc", "aupr_in", "fpr95", "id_accuracy"]
-        percents = [f"{100 * number:.2f}" for pair in row.values.values() for number in pair]
-        assert percents == numbers
-
-
-@pytest.fixture
-def cifar10_oe():
-    """As a run of outlier exposure records its configuration; weights and seeds may be anyone's."""
-    stated = yaml.safe_load((EXPERIMENTS / "outlier_exposure" / "cifar10_oe.yaml").read_text())
-    stated["model"]["init_args"]["floor"] = 0.0
-    stated["model"]["init_args"]["optimizer"]["init_args"]["nesterov"] = False
-    stated["model"]["init_args"]["backbone"]["init_args"]["weights"] = "run:mine/seed3"
-    return stated
-
-
-def test_what_a_run_has_other_than_its_experiment_is_named(cifar10_oe):
-    assert departures(cifar10_oe, "outlier_exposure/cifar10_oe") == []
-    model, data = (cifar10_oe[part]["init_args"] for part in ("model", "data"))
-    model["backbone"]["class_path"] = "backbones.resnet.ResNet"
-    model["optimizer"]["init_args"]["lr"] = 0.5
-    data["num_outliers"], data["subset"] = 7, {"fraction": 0.5}
-    cifar10_oe["trainer"]["max_epochs"] = 2
-    assert departures(cifar10_oe, "outlier_exposure/cifar10_oe") == [
-        "model.backbone.class_path is backbones.resnet.ResNet, not backbones.densenet.DenseNet",
-        "model.optimizer.lr is 0.5, not 0.01",
-        "data.num_outliers is 7, not 50000",
-        "trainer.max_epochs is 2, not 10",
-        "data.subset is {'fraction': 0.5}",
-    ]
-
-
-@pytest.mark.parametrize(
-    "limits", [{"limit_train_batches": 3}, {"limit_test_batches": 0.5}, {"overfit_batches": 1}, {"max_steps": 5}, {}]
-)
-def test_a_run_cut_short_stands_beside_nothing(write, checkpoints, cifar10_oe, limits):
-    folder = write("outlier_exposure/cifar10_oe/seed0", model=cifar10_oe["model"], truncated=not limits)
-    configuration = json.loads((folder / "results.json").read_text())["configuration"]
-    edit(folder, configuration=configuration | {"trainer": limits})
-    assert beside(gather(checkpoints)[0]) == []
 
 
 @pytest.mark.slow
